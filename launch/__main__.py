@@ -1,0 +1,5 @@
+import sys
+
+from rung.launch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,55 @@
+"""The `rung` command: one thin row per verb; a verb's package is imported only when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+# verb -> (module with add_arguments(parser) and run(args) -> exit status, one line for `rung --help`)
+VERBS = {
+    "data": ("rung.data.cli", "build, inspect, verify and generate datasets"),
+    "pretrain": ("rung.pretrain.cli", "train one potential on many fidelities (joint or Reptile)"),
+    "finetune": ("rung.finetune.cli", "adapt a checkpoint to a small set of energies at a new fidelity"),
+    "evaluate": ("rung.model.cli", "print the error table of a checkpoint on any readable data"),
+    "quickstart": ("rung.launch.quickstart", "pretrain, fine-tune and compare on the built-in data"),
+}
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
+
+
+def run_module(module_name: str, prog: str, argv: Sequence[str]) -> int:
+    """Parse `argv` with the module's arguments and run it; bad input becomes one line on stderr and exit status 2."""
+    try:
+        module = importlib.import_module(module_name)
+        parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(argv)))
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `rung` command and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="rung",
+        description="Pretrain, fine-tune and use interatomic potentials over many levels of theory.",
+        epilog="verbs:\n" + "\n".join(f"  {verb:<12}{text}" for verb, (_, text) in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rung {version('rung')}")
+    parser.add_argument("verb", choices=VERBS, metavar="verb", help="one of the verbs below; `rung VERB --help` tells more")
+    args = parser.parse_args(arguments[:1])
+    module_name, _ = VERBS[args.verb]
+    return run_module(module_name, f"rung {args.verb}", arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
