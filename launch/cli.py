@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rung {version('rung')}")
-    parser.add_argument("verb", choices=VERBS, metavar="verb", help="one of the verbs below; `rung VERB --help` tells more")
+    parser.add_argument(
+        "verb", choices=VERBS, metavar="verb", help="one of the verbs below; `rung VERB --help` tells more"
+    )
     args = parser.parse_args(arguments[:1])
     module_name, _ = VERBS[args.verb]
     return run_module(module_name, f"rung {args.verb}", arguments[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -40,9 +41,14 @@ def test_every_top_package_is_typed() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_tracked_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
+    # Built from a copy: a stale build/ folder of the checkout would hide a package that is missing from the list.
+    source = tmp_path / "source"
+    for path in [*tracked_files(), Path("pyproject.toml"), Path("README.md"), Path("LICENSE")]:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, source / path)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("rung-*.whl")
-    contents = set(zipfile.ZipFile(wheel).namelist())
-    missing = [path for path in tracked_files() if f"rung/{path}" not in contents]
-    assert not missing
+    with zipfile.ZipFile(wheel) as archive:
+        contents = set(archive.namelist())
+    assert not [path for path in tracked_files() if f"rung/{path}" not in contents]
