@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 
 quickstart: .venv/.ready
-	. launch/env.sh && .venv/bin/python -m rung.launch.quickstart
+	. launch/env.sh && .venv/bin/python -m rung.launch quickstart
 
 test: .venv/.ready-test
 	bash tests/check.sh

@@ -60,8 +60,10 @@ def validate(structure: Structure) -> None:
         raise _bad(structure, "pbc", "shape (3,)", f"shape {structure.pbc.shape}")
     if structure.pbc.any() and abs(np.linalg.det(structure.cell.astype(np.float64))) < 1e-6:
         raise _bad(structure, "cell", "a cell with volume, because pbc is set", f"{structure.cell.tolist()}")
-    if structure.multiplicity < 1:
-        raise _bad(structure, "multiplicity", "2S + 1 >= 1", str(structure.multiplicity))
+    if not -128 <= structure.charge <= 127:  # int8 on disk
+        raise _bad(structure, "charge", "-128..127 elementary charges", str(structure.charge))
+    if not 1 <= structure.multiplicity <= 255:  # uint8 on disk
+        raise _bad(structure, "multiplicity", "2S + 1 in 1..255", str(structure.multiplicity))
     for fidelity, labels in structure.labels.items():
         _validate_labels(structure, fidelity, labels)
 

@@ -1,1 +1,1 @@
-"""."""
+"""Edge vectors -> radial functions with a smooth cut-off, and spherical harmonics."""

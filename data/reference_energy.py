@@ -1,0 +1,157 @@
+"""Reference energies (E0) of a fidelity by least squares on composition, and the energies that do not fit.
+
+The model learns E - sum_i E0[Z_i]. Isolated-atom energies are better where a source states them: they give
+atomisation energies, which stay right for a dissociating molecule. The fit is what remains when it states none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rung.data.structure import Structure
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float64]
+
+EXTREME_DEVIATION = 10.0  # eV/atom; beyond any chemical bond: from here a unit or a method is mixed
+SUSPICIOUS_Z = 10.0  # robust z-score from which an energy is named in reports
+_MIN_SPREAD = 0.05  # eV/atom; the spread of a narrow set (one molecule near its minimum) is taken to be at least this
+
+
+@dataclass(frozen=True)
+class E0Fit:
+    """Energies per element that explain total energies by composition alone."""
+
+    e0: dict[int, float]  # atomic number -> eV
+    residual_rms: float  # eV/atom, root mean square over structures
+    rank: int  # of the composition matrix; below len(e0) some elements cannot be told apart
+    unseparated: tuple[int, ...]  # the elements whose E0 the compositions do not determine; only their sums are
+
+    @property
+    def note(self) -> str:
+        """A sentence on what the compositions leave undetermined; empty when nothing is."""
+        if not self.unseparated:
+            return ""
+        return (
+            f"compositions have rank {self.rank} for {len(self.e0)} elements: the E0s of Z = "
+            f"{', '.join(map(str, self.unseparated))} cannot be told apart (they always occur in the same proportions, "
+            "or there are too few compositions); their smallest solution is used, only their sum in known compositions "
+            "means anything. Add structures of other compositions or give isolated-atom energies"
+        )
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A structure whose energy per atom is far from what its composition explains."""
+
+    index: int
+    deviation: float  # eV/atom, from the median residual of a robust fit
+    z: float  # the deviation in robust standard deviations
+
+
+def fit_e0(numbers: Sequence[NDArray[np.uint8]], energies: Sequence[float] | Floats, *, ridge: float = 0.0) -> E0Fit:
+    """Fit one energy per element to total energies in eV; `numbers` holds each structure's atomic numbers.
+
+    Minimises mean_s ((E_s - sum_i E0[Z_i]) / n_s)^2 + ridge * sum_Z E0[Z]^2. Without ridge the smallest of the equally
+    good solutions is returned when compositions are rank-deficient; with ridge, E0 shrinks towards zero (which is what
+    a correction to known reference energies wants). Raises ValueError for no structures, unequal lengths, NaN or
+    negative ridge.
+    """
+    elements, design, target = _per_atom(numbers, energies)
+    if ridge < 0:
+        raise ValueError(f"fit_e0: ridge: expected >= 0, found {ridge}")
+    num_structures, num_elements = design.shape
+    penalty = np.sqrt(ridge * num_structures) * np.eye(num_elements)
+    solution = np.linalg.lstsq(np.vstack([design, penalty]), np.append(target, np.zeros(num_elements)), rcond=1e-10)[0]
+    residual = target - design @ solution
+    rank, unseparated = _rank(design)
+    return E0Fit(
+        e0={int(z): float(value) for z, value in zip(elements, solution, strict=True)},
+        residual_rms=float(np.sqrt(np.mean(residual**2))),
+        rank=rank,
+        unseparated=tuple(int(z) for z in elements[unseparated]),
+    )
+
+
+def outliers(
+    numbers: Sequence[NDArray[np.uint8]],
+    energies: Sequence[float] | Floats,
+    *,
+    z: float = SUSPICIOUS_Z,
+    deviation: float = 0.0,
+) -> list[Outlier]:
+    """Return the structures whose energy per atom deviates by more than `z` robust sigma and `deviation` eV/atom.
+
+    The reference is a least-absolute-deviations fit on composition, which a minority of wrong energies does not bend;
+    sigma is 1.4826 times the median absolute deviation (Leys et al., J. Exp. Soc. Psychol. 49, 764 (2013)). Sets with
+    fewer than five structures per fitted element are too small to tell and return nothing.
+    """
+    elements, design, target = _per_atom(numbers, energies)
+    if len(target) < 5 * len(elements):
+        return []
+    residual = target - design @ _least_absolute_deviations(design, target)
+    residual -= np.median(residual)
+    spread = max(1.4826 * float(np.median(np.abs(residual))), _MIN_SPREAD)
+    far = np.flatnonzero((np.abs(residual) > z * spread) & (np.abs(residual) > deviation))
+    return [Outlier(int(i), float(residual[i]), float(abs(residual[i]) / spread)) for i in far]
+
+
+def check_energies(structures: Sequence[Structure], fidelity: str, limit: float = EXTREME_DEVIATION) -> None:
+    """Log structures whose energy is far from what composition explains; raise ValueError beyond `limit` eV/atom."""
+    labelled = [(s, e) for s in structures if fidelity in s.labels and (e := s.labels[fidelity].energy) is not None]
+    if not labelled:
+        return
+    found = outliers([s.numbers for s, _ in labelled], [energy for _, energy in labelled])
+    told = [f"'{labelled[o.index][0].key}' by {o.deviation:+.3f} eV/atom" for o in found]
+    extreme = [text for text, o in zip(told, found, strict=True) if abs(o.deviation) > limit]
+    if extreme:
+        raise ValueError(
+            f"energy.{fidelity}: expected energies within {limit:g} eV/atom of what composition explains, found "
+            f"{len(extreme)} beyond: {_some(extreme)}; are all energies in eV, of one method and one code?"
+        )
+    if told:
+        logger.warning("energy.%s: %d outliers (robust z-score over 10): %s", fidelity, len(told), _some(told))
+
+
+def _some(texts: Sequence[str], shown: int = 10) -> str:
+    rest = f" and {len(texts) - shown} more" if len(texts) > shown else ""
+    return ", ".join(texts[:shown]) + rest
+
+
+def _per_atom(
+    numbers: Sequence[NDArray[np.uint8]], energies: Sequence[float] | Floats
+) -> tuple[NDArray[np.int64], Floats, Floats]:
+    """Return the elements, the composition fractions [structures, elements] and the energies per atom."""
+    target = np.asarray(energies, np.float64)
+    if len(numbers) == 0 or len(numbers) != len(target):
+        raise ValueError(f"E0 fit: expected as many compositions as energies, found {len(numbers)} and {len(target)}")
+    if not np.isfinite(target).all():
+        raise ValueError("E0 fit: expected finite energies; leave out the structures without one")
+    elements = np.unique(np.concatenate(numbers)).astype(np.int64)
+    counts = np.stack([np.bincount(z, minlength=int(elements[-1]) + 1)[elements] for z in numbers]).astype(np.float64)
+    sizes = counts.sum(1)
+    return elements, counts / sizes[:, None], target / sizes
+
+
+def _rank(design: Floats) -> tuple[int, NDArray[np.intp]]:
+    """Return the rank and the columns that take part in the null space: the elements that cannot be separated."""
+    _, singular, right = np.linalg.svd(np.linalg.qr(design, mode="r"))  # of [elements, elements], not [structures, ..]
+    rank = int((singular > 1e-10 * singular[0]).sum())
+    return rank, np.flatnonzero((np.abs(right[rank:]) > 1e-6).any(0))
+
+
+def _least_absolute_deviations(design: Floats, target: Floats, iterations: int = 30) -> Floats:
+    """Return argmin_x sum |target - design x| by iteratively reweighted least squares."""
+    weights = np.ones(len(target))
+    solution: Floats = np.zeros(design.shape[1])
+    for _ in range(iterations):
+        root = np.sqrt(weights)
+        solution = np.linalg.lstsq(design * root[:, None], target * root, rcond=1e-10)[0].astype(np.float64)
+        weights = 1.0 / np.maximum(np.abs(target - design @ solution), 1e-3)
+    return solution

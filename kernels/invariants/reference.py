@@ -1,0 +1,108 @@
+"""Invariants in plain PyTorch: the definition, for any dtype and device, differentiable to any order.
+
+They are evaluated in two bilinear steps on spherical components, first the products
+
+    V = (v v)_2    P = (Q Q)_2    B_2 = (T_acd T_bcd)_2    D = (T.v)_2    e = T:Q    v.v    Q:Q    T:T
+
+where X_2 is the symmetric traceless part of a matrix X, and then the rows of the table.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rung.kernels.harmonics import harmonic_tensors
+from rung.kernels.invariants.bilinear import Term, Terms, quadratic
+from rung.kernels.invariants.table import invariants_up_to
+
+# Products of the first step: name, factors, and definition on the factors' harmonic tensors. By the l_max they need.
+_PRODUCTS = {
+    2: (
+        ("vv", "vv", "ia,ja->ij"),
+        ("QQ", "QQ", "iab,jab->ij"),
+        ("V", "vv", "kab,ia,jb->kij"),
+        ("P", "QQ", "kab,iac,jbc->kij"),
+    ),
+    3: (
+        ("TT", "TT", "iabc,jabc->ij"),
+        ("B", "TT", "kab,iacd,jbcd->kij"),
+        ("D", "Tv", "kab,iabc,jc->kij"),
+        ("e", "TQ", "ka,iabc,jbc->kij"),
+    ),
+}
+# Rows of the table as sums of coefficient * (left . right). For symmetric matrices X:Y = X_2:Y_2 + tr(X) tr(Y)/3.
+_ROWS = {
+    "v.v": (("v", "v", 1.0),),
+    "Q:Q": (("Q", "Q", 1.0),),
+    "Q:Q.Q": (("Q", "P", 1.0),),
+    "v.Q.v": (("Q", "V", 1.0),),
+    "(Qv).(Qv)": (("P", "V", 1.0), ("QQ", "vv", 1 / 3)),
+    "T:T": (("T", "T", 1.0),),
+    "B:Q": (("B", "Q", 1.0),),
+    "T(v,Q)": (("D", "Q", 1.0),),
+    "T(v,v,v)": (("D", "V", 1.0),),
+    "B:B": (("B", "B", 1.0), ("TT", "TT", 1 / 3)),
+    "v.B.v": (("B", "V", 1.0), ("TT", "vv", 1 / 3)),
+    "B:(QQ)": (("B", "P", 1.0), ("TT", "QQ", 1 / 3)),
+    "(T:Q).(T:Q)": (("e", "e", 1.0),),
+}
+
+
+def invariants(A_NLC: Tensor) -> Tensor:
+    """Return the invariants [N, K, C] of each atom's and channel's tensors, in the order of `table.INVARIANTS`.
+
+    Raises ValueError when L is not (l_max+1)^2 with l_max in 0..3.
+    """
+    l_max = {1: 0, 4: 1, 9: 2, 16: 3}.get(A_NLC.shape[1])
+    if l_max is None:
+        raise ValueError(f"invariants: A: expected [N, L, C] with L = 1, 4, 9 or 16, found {list(A_NLC.shape)}")
+    components = A_NLC.transpose(0, 1).contiguous()  # [L, N, C]: the terms are whole [N, C] planes
+    product_terms, row_terms, num_products = _tables(l_max)
+    products = quadratic(components, product_terms, num_products)
+    factors = torch.cat([components, products])
+    rows = quadratic(factors, row_terms, len(invariants_up_to(l_max)) - 1)
+    return torch.cat([components[:1], rows]).transpose(0, 1)
+
+
+@cache
+def _tables(l_max: int) -> tuple[Terms, Terms, int]:
+    """Return the terms of the two steps, and the number of products between them."""
+    places = {"v": range(1, 4), "Q": range(4, 9), "T": range(9, 16)}  # of each factor's components
+    first_product = end = (l_max + 1) ** 2
+    product_terms: list[Term] = []
+    for degree in range(2, l_max + 1):
+        for name, (left, right), definition in _PRODUCTS[degree]:
+            table_kij = _product_table(definition, "svQT".index(left), "svQT".index(right))
+            places[name] = range(end, end + len(table_kij))
+            end += len(table_kij)
+            for k, i, j in torch.nonzero(table_kij.abs() > 1e-12).tolist():
+                row = places[name][k] - first_product
+                product_terms.append(Term(row, places[left][i], places[right][j], table_kij[k, i, j].item()))
+    row_terms = [
+        Term(row, i, j, coefficient)
+        for row, invariant in enumerate(invariants_up_to(l_max)[1:])  # s is linear
+        for left, right, coefficient in _ROWS[invariant.name]
+        for i, j in zip(places[left], places[right], strict=True)
+    ]
+    return _merge(product_terms), _merge(row_terms), end - first_product
+
+
+def _product_table(definition: str, left: int, right: int) -> Tensor:
+    """Return the constants [k, i, j] of a product of degrees `left` and `right`."""
+    inputs, output = definition.split("->")
+    factors = [harmonic_tensors(left), harmonic_tensors(right)]
+    if "k" in output:
+        factors.insert(0, harmonic_tensors(inputs.index(",") - 1))
+    return torch.einsum(definition, factors).reshape(-1, len(factors[-2]), len(factors[-1]))
+
+
+def _merge(terms: list[Term]) -> Terms:
+    """Return the terms with left[i] right[j] and left[j] right[i] added up; both sides are the same tensor."""
+    merged: defaultdict[tuple[int, int, int], float] = defaultdict(float)
+    for row, i, j, coefficient in terms:
+        merged[row, min(i, j), max(i, j)] += coefficient
+    return tuple(Term(row, i, j, coefficient) for (row, i, j), coefficient in merged.items())

@@ -1,0 +1,104 @@
+"""Pretrain on the built-in low fidelities, fine-tune on a few energies of a high one, and compare with training from scratch.
+
+Every number is measured in this run. An interrupted run continues where its last saved state was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS = ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom")
+MAX_LABELS = 200
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `rung quickstart`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
+    parser.add_argument("--fidelity", default="mp2_ccpvdz", help="level of theory to fine-tune to (default: mp2_ccpvdz)")
+    parser.add_argument("--labels", type=int, default=MAX_LABELS, help="energies to fine-tune on (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="DeepSpeed ranks of the pretraining (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="pretraining settings, such as steps=100")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run pretraining and fine-tuning, print the table, and write summary.json."""
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = pretrain(out / "pretrain", args.ranks, args.overrides)
+    result = compare(checkpoint, out / "finetune", args.fidelity, args.labels)
+    summary = summarise(result)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(table(summary))
+    print(f"numbers: {out / 'summary.json'}")
+    for plot in result["plots"]:
+        print(f"plot:    {plot}")
+    return 0
+
+
+def pretrain(folder: Path, ranks: int, overrides: list[str]) -> Path:
+    """Pretrain with DeepSpeed on `ranks` local ranks, as a user would from the shell; return the checkpoint.
+
+    Raises ValueError when the training process fails.
+    """
+    config = importlib.resources.files("rung.pretrain.configs") / "quickstart.yaml"
+    command = [sys.executable, "-m", "rung.pretrain", str(config), "--ranks", str(ranks), f"output={folder}", *overrides]
+    if (folder / "state" / "latest").exists() and not (folder / "checkpoint").exists():
+        command.append("--resume")
+    print("$ " + " ".join(["rung pretrain", *command[3:]]), flush=True)
+    status = subprocess.run(command, check=False).returncode
+    if status == 130:
+        raise KeyboardInterrupt
+    if status != 0:
+        raise ValueError(f"pretraining ended with status {status}; its messages are above")
+    return folder / "checkpoint"
+
+
+def compare(checkpoint: Path, folder: Path, fidelity: str, labels: int) -> Mapping[str, Any]:
+    """Fine-tune the checkpoint on `labels` energies, train a scratch model on the same ones, return the metrics."""
+    from rung.finetune.config import FinetuneConfig, SplitConfig
+    from rung.finetune.pipeline import finetune
+
+    config = FinetuneConfig(
+        checkpoint=str(checkpoint),
+        data="builtin",
+        fidelity=fidelity,
+        baseline="scratch",
+        out=str(folder),
+        split=SplitConfig(max_train=labels),
+    )
+    return finetune(config).metrics
+
+
+def summarise(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of summary.json from the metrics of a fine-tuning run."""
+    target = metrics["target"]
+    return {
+        "scratch": {name: target["scratch"][name] for name in METRICS},
+        "finetuned": {name: target["after"][name] for name in METRICS},
+        "labels": metrics["labels"],
+        "fidelity": metrics["fidelity"],
+        "test_structures": target["after"]["num_energies"],
+    }
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Return the comparison as a table for people."""
+    rows = [("from scratch", summary["scratch"]), ("pretrained, then fine-tuned", summary["finetuned"])]
+    lines = [
+        "",
+        f"{summary['fidelity']}: trained on {summary['labels']} energies (no forces), "
+        f"tested on {summary['test_structures']} structures of molecules never seen",
+        f"  {'':<30}{'energy MAE':>12}{'force MAE':>16}",
+        f"  {'':<30}{'meV/atom':>12}{'meV/angstrom':>16}",
+    ]
+    for name, errors in rows:
+        energy, force = (errors[metric] for metric in METRICS)
+        lines.append(f"  {name:<30}{energy:>12.1f}{'no labels' if force is None else f'{force:.1f}':>16}")
+    return "\n".join([*lines, ""])
