@@ -18,11 +18,11 @@ test: .venv/.ready-test
 	@touch $@
 
 .venv/.ready: .venv/.torch pyproject.toml
-	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --constraint launch/constraints.txt --editable .
+	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
 .venv/.ready-test: .venv/.ready
-	.venv/bin/python -m pip install --quiet --constraint launch/constraints.txt --editable ".[generate,test]"
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[generate,test]"
 	@touch $@
 
 clean:

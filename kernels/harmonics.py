@@ -48,7 +48,7 @@ def harmonic_tensors(degree: int) -> Tensor:
             places = set(itertools.permutations("xyz".index(axis) for axis in monomial))
             for place in places:
                 tensors[(m, *place)] = coefficient / len(places)
-    return tensors / tensors[0].norm()
+    return tensors / tensors[0].square().sum().sqrt()
 
 
 def component_norm(degree: int) -> float:

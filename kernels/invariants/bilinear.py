@@ -1,8 +1,9 @@
-"""Bilinear products with sparse constant tables: closed under differentiation, to any order."""
+"""Bilinear products with sparse constant tables: operations that are closed under differentiation, to any order."""
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,68 +19,78 @@ class Term(NamedTuple):
     coefficient: float
 
 
-Terms = tuple[Term, ...]
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The nonzeros of constants [num_rows, num_left, num_right]."""
+
+    terms: tuple[Term, ...]
+    num_rows: int
+    num_left: int
+    num_right: int
+
+    @cached_property
+    def gradient_left(self) -> Table:
+        """The table that takes (gradient of out, right) to the gradient of left."""
+        terms = tuple(Term(i, row, j, coefficient) for row, i, j, coefficient in self.terms)
+        return Table(terms, self.num_left, self.num_rows, self.num_right)
+
+    @cached_property
+    def gradient_right(self) -> Table:
+        """The table that takes (gradient of out, left) to the gradient of right."""
+        terms = tuple(Term(j, row, i, coefficient) for row, i, j, coefficient in self.terms)
+        return Table(terms, self.num_right, self.num_rows, self.num_left)
+
+    @cached_property
+    def gradient_both(self) -> Table:
+        """The sum of the two, when left and right are the same factors."""
+        terms = self.gradient_left.terms + self.gradient_right.terms
+        return Table(terms, self.num_left, self.num_rows, self.num_left)
 
 
-def bilinear(left: Tensor, right: Tensor, terms: Terms, num_rows: int) -> Tensor:
-    """Return out [num_rows, ...] = sum over terms of coefficient * left[i] * right[j], elementwise in the other axes."""
-    return cast(Tensor, _Bilinear.apply(left, right, terms, num_rows))  # type: ignore[no-untyped-call]
+def bilinear(left: Tensor, right: Tensor, table: Table) -> Tensor:
+    """Return out[row] = sum over the table of coefficient * left[i] * right[j], elementwise in the other axes."""
+    return cast(Tensor, _Bilinear.apply(left, right, table))  # type: ignore[no-untyped-call]
 
 
-def quadratic(factors: Tensor, terms: Terms, num_rows: int) -> Tensor:
-    """Return `bilinear(factors, factors, terms, num_rows)`; its gradient is one product instead of two."""
-    return cast(Tensor, _Quadratic.apply(factors, terms, num_rows))  # type: ignore[no-untyped-call]
+def quadratic(factors: Tensor, table: Table) -> Tensor:
+    """Return `bilinear(factors, factors, table)`; its gradient is one product instead of two."""
+    return cast(Tensor, _Quadratic.apply(factors, table))  # type: ignore[no-untyped-call]
 
 
-def _sum_of_terms(left: Tensor, right: Tensor, terms: Terms, num_rows: int) -> Tensor:
+def _sum_of_terms(left: Tensor, right: Tensor, table: Table) -> Tensor:
     """Add each term in place: autograd's own products would store and sum as many temporaries."""
-    out = left.new_zeros((num_rows, *left.shape[1:]))
+    out = left.new_zeros((table.num_rows, *left.shape[1:]))
     rows, lefts, rights = out.unbind(), left.unbind(), right.unbind()
-    for row, i, j, coefficient in terms:
+    for row, i, j, coefficient in table.terms:
         rows[row].addcmul_(lefts[i], rights[j], value=coefficient)
     return out
 
 
 class _Bilinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, terms: Terms, num_rows: int) -> Tensor:
+    def forward(ctx: Any, left: Tensor, right: Tensor, table: Table) -> Tensor:
         ctx.save_for_backward(left, right)
-        ctx.terms = terms
-        return _sum_of_terms(left, right, terms, num_rows)
+        ctx.table = table
+        return _sum_of_terms(left, right, table)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = gradients
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,) = gradients
         left, right = ctx.saved_tensors
-        grad_left = grad_right = None
-        if ctx.needs_input_grad[0]:
-            grad_left = bilinear(grad, right, _transposed_left(ctx.terms), len(left))
-        if ctx.needs_input_grad[1]:
-            grad_right = bilinear(grad, left, _transposed_right(ctx.terms), len(right))
-        return grad_left, grad_right, None, None
+        grad_left = bilinear(gradient, right, ctx.table.gradient_left) if ctx.needs_input_grad[0] else None
+        grad_right = bilinear(gradient, left, ctx.table.gradient_right) if ctx.needs_input_grad[1] else None
+        return grad_left, grad_right, None
 
 
 class _Quadratic(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, factors: Tensor, terms: Terms, num_rows: int) -> Tensor:
+    def forward(ctx: Any, factors: Tensor, table: Table) -> Tensor:
         ctx.save_for_backward(factors)
-        ctx.terms = terms
-        return _sum_of_terms(factors, factors, terms, num_rows)
+        ctx.table = table
+        return _sum_of_terms(factors, factors, table)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = gradients
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
         (factors,) = ctx.saved_tensors
-        terms = _transposed_left(ctx.terms) + _transposed_right(ctx.terms)
-        return bilinear(grad, factors, terms, len(factors)), None, None
-
-
-@cache
-def _transposed_left(terms: Terms) -> Terms:
-    """Return the terms of the gradient with respect to the left factors, of the row's gradient and the right factors."""
-    return tuple(Term(i, row, j, coefficient) for row, i, j, coefficient in terms)
-
-
-@cache
-def _transposed_right(terms: Terms) -> Terms:
-    return tuple(Term(j, row, i, coefficient) for row, i, j, coefficient in terms)
+        return bilinear(gradient, factors, ctx.table.gradient_both), None

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from rung.kernels.harmonics import harmonic_tensors
-from rung.kernels.invariants.bilinear import Term, Terms, quadratic
-from rung.kernels.invariants.table import invariants_up_to
+from rung.kernels.invariants.bilinear import Table, Term, quadratic
+from rung.kernels.invariants.table import NUM_INVARIANTS, invariants_up_to
 
 # Products of the first step: name, factors, and definition on the factors' harmonic tensors. By the l_max they need.
 _PRODUCTS = {
     2: (
-        ("vv", "vv", "ia,ja->ij"),
-        ("QQ", "QQ", "iab,jab->ij"),
-        ("V", "vv", "kab,ia,jb->kij"),
-        ("P", "QQ", "kab,iac,jbc->kij"),
+        ("vv", "v", "v", "ia,ja->ij"),
+        ("QQ", "Q", "Q", "iab,jab->ij"),
+        ("V", "v", "v", "kab,ia,jb->kij"),
+        ("P", "Q", "Q", "kab,iac,jbc->kij"),
     ),
     3: (
-        ("TT", "TT", "iabc,jabc->ij"),
-        ("B", "TT", "kab,iacd,jbcd->kij"),
-        ("D", "Tv", "kab,iabc,jc->kij"),
-        ("e", "TQ", "ka,iabc,jbc->kij"),
+        ("TT", "T", "T", "iabc,jabc->ij"),
+        ("B", "T", "T", "kab,iacd,jbcd->kij"),
+        ("D", "T", "v", "kab,iabc,jc->kij"),
+        ("e", "T", "Q", "ka,iabc,jbc->kij"),
     ),
 }
 # Rows of the table as sums of coefficient * (left . right). For symmetric matrices X:Y = X_2:Y_2 + tr(X) tr(Y)/3.
@@ -61,34 +61,33 @@ def invariants(A_NLC: Tensor) -> Tensor:
     if l_max is None:
         raise ValueError(f"invariants: A: expected [N, L, C] with L = 1, 4, 9 or 16, found {list(A_NLC.shape)}")
     components = A_NLC.transpose(0, 1).contiguous()  # [L, N, C]: the terms are whole [N, C] planes
-    product_terms, row_terms, num_products = _tables(l_max)
-    products = quadratic(components, product_terms, num_products)
-    factors = torch.cat([components, products])
-    rows = quadratic(factors, row_terms, len(invariants_up_to(l_max)) - 1)
-    return torch.cat([components[:1], rows]).transpose(0, 1)
+    products_table, rows_table = _tables(l_max)
+    factors = torch.cat([components, quadratic(components, products_table)])
+    return torch.cat([components[:1], quadratic(factors, rows_table)]).transpose(0, 1)
 
 
 @cache
-def _tables(l_max: int) -> tuple[Terms, Terms, int]:
-    """Return the terms of the two steps, and the number of products between them."""
+def _tables(l_max: int) -> tuple[Table, Table]:
+    """Return the constants of the two steps: components -> products, and both -> the rows after s, which is linear."""
     places = {"v": range(1, 4), "Q": range(4, 9), "T": range(9, 16)}  # of each factor's components
-    first_product = end = (l_max + 1) ** 2
-    product_terms: list[Term] = []
+    num_components = num_factors = (l_max + 1) ** 2
+    products: list[Term] = []
     for degree in range(2, l_max + 1):
-        for name, (left, right), definition in _PRODUCTS[degree]:
+        for name, left, right, definition in _PRODUCTS[degree]:
             table_kij = _product_table(definition, "svQT".index(left), "svQT".index(right))
-            places[name] = range(end, end + len(table_kij))
-            end += len(table_kij)
+            places[name] = range(num_factors, num_factors + len(table_kij))
+            num_factors += len(table_kij)
             for k, i, j in torch.nonzero(table_kij.abs() > 1e-12).tolist():
-                row = places[name][k] - first_product
-                product_terms.append(Term(row, places[left][i], places[right][j], table_kij[k, i, j].item()))
-    row_terms = [
+                row = places[name][k] - num_components
+                products.append(Term(row, places[left][i], places[right][j], table_kij[k, i, j].item()))
+    rows = [
         Term(row, i, j, coefficient)
-        for row, invariant in enumerate(invariants_up_to(l_max)[1:])  # s is linear
+        for row, invariant in enumerate(invariants_up_to(l_max)[1:])
         for left, right, coefficient in _ROWS[invariant.name]
         for i, j in zip(places[left], places[right], strict=True)
     ]
-    return _merge(product_terms), _merge(row_terms), end - first_product
+    products_table = Table(_merge(products), num_factors - num_components, num_components, num_components)
+    return products_table, Table(_merge(rows), NUM_INVARIANTS[l_max] - 1, num_factors, num_factors)
 
 
 def _product_table(definition: str, left: int, right: int) -> Tensor:
@@ -100,7 +99,7 @@ def _product_table(definition: str, left: int, right: int) -> Tensor:
     return torch.einsum(definition, factors).reshape(-1, len(factors[-2]), len(factors[-1]))
 
 
-def _merge(terms: list[Term]) -> Terms:
+def _merge(terms: list[Term]) -> tuple[Term, ...]:
     """Return the terms with left[i] right[j] and left[j] right[i] added up; both sides are the same tensor."""
     merged: defaultdict[tuple[int, int, int], float] = defaultdict(float)
     for row, i, j, coefficient in terms:

@@ -1,0 +1,113 @@
+"""The trunk of the potential: what turns elements and a neighbour graph into scalars (and vectors) on each atom.
+
+Shape legend: N atoms, M structures, E edges, C channels, L harmonics, l = l_max + 1 degrees, R radial functions,
+K invariants, S elements.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import silu
+
+from rung.kernels import NUM_INVARIANTS, Edges, VectorMessage, convolve, invariants
+from rung.model.config import ModelConfig
+
+
+def normal_parameter(*shape: int, std: float, generator: Generator) -> nn.Parameter:
+    """Return a parameter drawn from a normal distribution of width `std`, zeros when it is 0."""
+    if std == 0:
+        return nn.Parameter(torch.zeros(shape))
+    return nn.Parameter(torch.randn(shape, generator=generator) * std)
+
+
+class Dense(nn.Module):
+    """x @ weight + bias, with the initial variance of torch.nn.Linear, 1/(3 fan_in), and a generator of our own."""
+
+    def __init__(self, num_in: int, num_out: int, generator: Generator, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = normal_parameter(num_in, num_out, std=1 / math.sqrt(3 * num_in), generator=generator)
+        self.bias = nn.Parameter(torch.zeros(num_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = x @ self.weight
+        return product if self.bias is None else product + self.bias
+
+
+class Embedding(nn.Module):
+    """The first scalars of each atom: its element, and the charge and the multiplicity of its structure."""
+
+    def __init__(self, config: ModelConfig, generator: Generator) -> None:
+        super().__init__()
+        channels = config.channels
+        self.element_SC = normal_parameter(len(config.elements), channels, std=1.0, generator=generator)
+        self.charge_QC = nn.Parameter(torch.zeros(len(config.charges), channels))
+        self.multiplicity_PC = nn.Parameter(torch.zeros(len(config.multiplicities), channels))
+
+    def forward(self, element_N: Tensor, charge_M: Tensor, multiplicity_M: Tensor, structure_N: Tensor) -> Tensor:
+        """Return h [N, C] of rows: of the element, of the structure's charge and of its multiplicity."""
+        charge_MC = self.charge_QC.index_select(0, charge_M)
+        multiplicity_MC = self.multiplicity_PC.index_select(0, multiplicity_M)
+        return self.element_SC.index_select(0, element_N) + (charge_MC + multiplicity_MC).index_select(0, structure_N)
+
+
+class Interaction(nn.Module):
+    """One round of message passing: convolution, channel mixing, invariants, update of scalars and vectors."""
+
+    def __init__(self, config: ModelConfig, generator: Generator, *, vectors_in: bool, vectors_out: bool) -> None:
+        """Make the weights; a layer whose input or output vectors do not exist has none for them."""
+        super().__init__()
+        C, R, num_degrees = config.channels, config.num_radial, config.l_max + 1
+        num_invariants = NUM_INVARIANTS[config.l_max]
+        self.neighbour_scale = config.average_neighbours**-0.5
+        self.sender = Dense(C, C, generator, bias=False)
+        self.radial_RlC = normal_parameter(R, num_degrees, C, std=R**-0.5, generator=generator)
+        self.mixing_lCC = normal_parameter(num_degrees, C, C, std=C**-0.5, generator=generator)
+        std = 1 / math.sqrt(3 * num_invariants * C)
+        self.message_KCC = normal_parameter(num_invariants, C, C, std=std, generator=generator)
+        self.species_SCC = normal_parameter(len(config.elements), C, C, std=C**-0.5, generator=generator)
+        self.hidden = Dense(C, C, generator)
+        self.update = Dense(C, C, generator)
+        self.vectors_in, self.vectors_out = vectors_in, vectors_out
+        if vectors_in:
+            self.vector_sender = Dense(C, C, generator, bias=False)
+            self.axial_RlC = normal_parameter(R, num_degrees, C, std=R**-0.5, generator=generator)
+            self.identity_RC = normal_parameter(R, C, std=R**-0.5, generator=generator)
+        if vectors_out:
+            self.gate = Dense(C, C, generator)
+            self.vector = Dense(C, C, generator, bias=False)
+        degrees = [degree for degree in range(num_degrees) for _ in range(2 * degree + 1)]
+        self.register_buffer("degree_L", torch.tensor(degrees), persistent=False)
+        self.degree_L: Tensor
+
+    def forward(
+        self,
+        h_NC: Tensor,
+        v_N3C: Tensor | None,
+        element_N: Tensor,
+        radial_ER: Tensor,
+        harmonics_EL: Tensor,
+        edges: Edges,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the new scalars [N, C] and vectors [N, 3, C] (None from a layer without them)."""
+        message: VectorMessage | None = None
+        if v_N3C is not None:
+            scale = self.neighbour_scale
+            message = VectorMessage(self.vector_sender(v_N3C), self.axial_RlC * scale, self.identity_RC * scale)
+        weights_RlC = self.radial_RlC * self.neighbour_scale
+        A_NLC = convolve(radial_ER, harmonics_EL, self.sender(h_NC), weights_RlC, edges, message)
+        A_LNC = A_NLC.transpose(0, 1) @ self.mixing_lCC.index_select(0, self.degree_L)
+        h_NC = self._update_scalars(h_NC, invariants(A_LNC.transpose(0, 1)), element_N)
+        if not self.vectors_out:
+            return h_NC, None
+        return h_NC, torch.tanh(self.gate(h_NC))[:, None] * self.vector(A_LNC[1:4].transpose(0, 1))
+
+    def _update_scalars(self, h_NC: Tensor, invariants_NKC: Tensor, element_N: Tensor) -> Tensor:
+        message_NC = invariants_NKC.flatten(1) @ self.message_KCC.flatten(0, 1)
+        every_element_NSC = torch.einsum("nc,scd->nsd", h_NC, self.species_SCC)
+        index = element_N[:, None, None].expand(-1, 1, h_NC.shape[1])
+        message_NC = message_NC + every_element_NSC.gather(1, index).squeeze(1)
+        change_NC: Tensor = self.update(silu(self.hidden(message_NC)))
+        return h_NC + change_NC

@@ -1,0 +1,236 @@
+"""The potential: energies, forces and stress of a batch of structures, each at its own fidelity."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor, nn
+
+from rung.data.batch import Batch
+from rung.data.fidelity import unknown_fidelity
+from rung.data.structure import MAX_ATOMIC_NUMBER
+from rung.kernels import Edges, edge_basis
+from rung.model.config import ModelConfig
+from rung.model.fidelity import CONDITIONING
+from rung.model.layers import Embedding, Interaction
+
+_CHARGE_OFFSET = 128  # charges are int8 where they are stored
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the potential says about a batch of M structures with N atoms."""
+
+    energy: Tensor  # float64 [M], eV, reference energies included
+    forces: Tensor | None  # [N, 3], eV/angstrom
+    stress: Tensor | None  # [M, 3, 3], eV/angstrom^3, ASE's sign; NaN for a structure without a cell
+    atomic_energy: Tensor  # float64 [N], eV, reference energies included
+
+
+class Potential(nn.Module):
+    """An equivariant potential of several fidelities (DESIGN.md section 5).
+
+    The network's energies are multiplied by `scale` (eV, the RMS of the training forces in eV/angstrom) and added to
+    the reference energies `e0_FZ` (eV; NaN where a fidelity was not trained on an element). Both stay float64 whatever
+    the network's dtype is.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Draw the initial weights from a generator of their own, seeded with `config.seed`."""
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(config.seed)
+        self.embedding = Embedding(config, generator)
+        last = config.num_layers - 1
+        with_vectors = config.l_hidden == 1
+        self.layers = nn.ModuleList(
+            Interaction(config, generator, vectors_in=with_vectors and t > 0, vectors_out=with_vectors and t < last)
+            for t in range(config.num_layers)
+        )
+        self.conditioning = CONDITIONING[config.conditioning](config, generator)
+        shape = (len(config.fidelities), len(config.elements))
+        self.e0_FZ: Tensor
+        self.register_buffer("e0_FZ", torch.full(shape, math.nan, dtype=torch.float64))
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self._register_rows("element_row", config.elements, size=MAX_ATOMIC_NUMBER + 1)
+        self._register_rows("charge_row", [charge + _CHARGE_OFFSET for charge in config.charges], size=256)
+        self._register_rows("multiplicity_row", config.multiplicities, size=256)
+
+    element_row: Tensor  # int64 [119]: atomic number -> row
+    charge_row: Tensor  # int64 [256]: charge + 128 -> row
+    multiplicity_row: Tensor  # int64 [256]
+
+    def _register_rows(self, name: str, values: Sequence[int], size: int) -> None:
+        """Register the table value -> row. An unknown value gets a row past the end: indexing with it fails."""
+        table = torch.full((size,), len(values))
+        table[list(values)] = torch.arange(len(values))
+        self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the module; the energies' float64 buffers are moved but never rounded."""
+        exact = {name: self._buffers[name] for name in ("e0_FZ", "scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            moved = self._buffers[name]
+            assert value is not None and moved is not None
+            self._buffers[name] = value.to(moved.device)
+        return self
+
+    # Reference energies and fidelities
+
+    def fidelity_row(self, name: str) -> int:
+        """Return the row of a fidelity; raise ValueError that lists the known ones."""
+        if name not in self.config.fidelities:
+            raise unknown_fidelity(name, self.config.fidelities)
+        return self.config.fidelities.index(name)
+
+    def set_reference(self, fidelity: str, e0: Mapping[int, float]) -> None:
+        """Set the reference energies in eV by atomic number; elements left out count as not trained.
+
+        Raises ValueError for a fidelity or an element that the model does not have.
+        """
+        row = torch.full((len(self.config.elements),), math.nan, dtype=torch.float64)
+        for number, energy in e0.items():
+            if number not in self.config.elements:
+                raise ValueError(
+                    f"reference energies of '{fidelity}': element {_symbols([number])} is not one of the model's: "
+                    f"{_symbols(self.config.elements)}"
+                )
+            row[self.config.elements.index(number)] = energy
+        self.e0_FZ[self.fidelity_row(fidelity)] = row
+
+    def set_scale(self, value: float) -> None:
+        """Set the unit of the network's energies in eV: the RMS of the training forces in eV/angstrom."""
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"scale: expected a positive number of eV, found {value}")
+        self.scale.fill_(value)
+
+    def fidelity_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the names and parameters whose first axis is the fidelity."""
+        found = []
+        for path, module in self.named_modules():
+            for name in getattr(module, "stacked", ()):
+                found.append((f"{path}.{name}", module.get_parameter(name)))
+        return found
+
+    @torch.no_grad()
+    def add_fidelity(self, name: str, parent: str, e0: Mapping[int, float] | None = None) -> None:
+        """Add a fidelity that predicts what `parent` does, with its own reference energies in eV (default: parent's).
+
+        Parameters are replaced: make the optimizer afterwards. Raises ValueError when `name` exists or `parent` does
+        not.
+        """
+        row = self.fidelity_row(parent)
+        if name in self.config.fidelities:
+            raise ValueError(f"fidelity '{name}' exists already; known: {', '.join(self.config.fidelities)}")
+        self.config = dataclasses.replace(self.config, fidelities=(*self.config.fidelities, name))
+        for path, parameter in self.fidelity_parameters():
+            module, _, leaf = path.rpartition(".")
+            grown = nn.Parameter(torch.cat([parameter, parameter[row : row + 1]]), parameter.requires_grad)
+            setattr(self.get_submodule(module), leaf, grown)
+        self.e0_FZ = torch.cat([self.e0_FZ, self.e0_FZ[row : row + 1]])
+        if e0 is not None:
+            self.set_reference(name, e0)
+
+    def check_domain(self, numbers: Sequence[int], fidelity: str, charge: int = 0, multiplicity: int = 1) -> None:
+        """Raise ValueError, listing the known ones, for an input that the potential was not trained on at `fidelity`.
+
+        Call it where structures enter: `forward` itself checks nothing.
+        """
+        trained_Z = self.e0_FZ[self.fidelity_row(fidelity)].isfinite().tolist()
+        known = [number for number, trained in zip(self.config.elements, trained_Z, strict=True) if trained]
+        unknown = sorted({int(number) for number in numbers} - set(known))
+        if unknown:
+            raise ValueError(
+                f"fidelity '{fidelity}' was not trained on {_symbols(unknown)}; known elements: {_symbols(known)}"
+            )
+        if charge not in self.config.charges:
+            raise ValueError(f"charge {charge} is not known; known charges: {_words(self.config.charges)}")
+        if multiplicity not in self.config.multiplicities:
+            known_multiplicities = _words(self.config.multiplicities)
+            raise ValueError(f"multiplicity {multiplicity} is not known; known: {known_multiplicities}")
+
+    # Evaluation
+
+    def forward(self, batch: Batch, *, forces: bool = True, stress: bool = False) -> Prediction:
+        """Return energies and, as asked, forces and stress.
+
+        The batch's floating-point dtype must be the network's. In training mode forces and stress can be differentiated
+        with respect to the parameters.
+        """
+        if not (forces or stress):
+            energy_N, energy_M = self._energies(batch, batch.positions, None)
+            return Prediction(energy_M, None, None, energy_N)
+        with torch.enable_grad():
+            positions_N3 = batch.positions.detach().requires_grad_(forces)
+            strain_M33 = torch.zeros_like(batch.cell).requires_grad_() if stress else None
+            energy_N, energy_M = self._energies(batch, positions_N3, strain_M33)
+            inputs = [tensor for tensor in (positions_N3, strain_M33) if tensor is not None and tensor.requires_grad]
+            gradients = list(torch.autograd.grad(energy_M.sum(), inputs, create_graph=self.training))
+        if not self.training:
+            energy_N, energy_M = energy_N.detach(), energy_M.detach()
+        forces_N3 = -gradients.pop(0) if forces else None
+        stress_M33 = None
+        if stress:
+            volume_M = torch.linalg.det(batch.cell).abs()
+            volume_M = torch.where(volume_M > 0, volume_M, math.nan)  # a molecule has no stress
+            stress_M33 = gradients.pop(0) / volume_M[:, None, None]
+        return Prediction(energy_M, forces_N3, stress_M33, energy_N)
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """Return the scalars [N, C] of every layer, as the read-outs see them."""
+        return [h_NC for h_NC, _ in self._layers(batch, batch.positions, None)]
+
+    def _energies(self, batch: Batch, positions_N3: Tensor, strain_M33: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the energies in eV of each atom [N] and of each structure [M], in float64."""
+        energy_N = sum(energy_N.double() for _, energy_N in self._layers(batch, positions_N3, strain_M33))
+        reference_N = self.e0_FZ[batch.fidelity[batch.structure], self.element_row[batch.numbers]]
+        energy_N = reference_N + self.scale * energy_N
+        energy_M = energy_N.new_zeros(batch.num_structures).index_add(0, batch.structure, energy_N)
+        return energy_N, energy_M
+
+    def _layers(self, batch: Batch, positions_N3: Tensor, strain_M33: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Return every layer's scalars [N, C] and atomic energies [N] in units of the scale."""
+        vectors_E3 = _edge_vectors(batch, positions_N3, strain_M33)
+        config = self.config
+        radial_ER, harmonics_EL = edge_basis(
+            vectors_E3, cutoff=config.cutoff, num_radial=config.num_radial, l_max=config.l_max
+        )
+        edges = Edges(batch.receivers, batch.senders, batch.row_ptr, batch.reverse)
+        element_N = self.element_row[batch.numbers]
+        charge_M = self.charge_row[batch.charge + _CHARGE_OFFSET]
+        multiplicity_M = self.multiplicity_row[batch.multiplicity]
+        h_NC = self.embedding(element_N, charge_M, multiplicity_M, batch.structure)
+        v_N3C: Tensor | None = None
+        outputs = []
+        for t, layer in enumerate(self.layers):
+            h_NC, v_N3C = layer(h_NC, v_N3C, element_N, radial_ER, harmonics_EL, edges)
+            h_NC, energy_N = self.conditioning(t, h_NC, batch.fidelity, batch.structure)
+            outputs.append((h_NC, energy_N))
+        return outputs
+
+
+def _edge_vectors(batch: Batch, positions_N3: Tensor, strain_M33: Tensor | None) -> Tensor:
+    """Return x_j - x_i + shift [E, 3]; a strain deforms each structure and its cell, x -> (1 + strain) x."""
+    vectors_E3 = positions_N3.index_select(0, batch.senders) - positions_N3.index_select(0, batch.receivers)
+    structure_E = batch.structure.index_select(0, batch.receivers)
+    vectors_E3 = vectors_E3 + torch.einsum("ea,eab->eb", batch.shifts, batch.cell.index_select(0, structure_E))
+    if strain_M33 is None:
+        return vectors_E3
+    symmetric_M33 = (strain_M33 + strain_M33.transpose(1, 2)) / 2
+    return vectors_E3 + torch.einsum("ea,eab->eb", vectors_E3, symmetric_M33.index_select(0, structure_E))
+
+
+def _symbols(numbers: Sequence[int]) -> str:
+    return ", ".join(chemical_symbols[number] for number in numbers) if numbers else "none"
+
+
+def _words(values: Sequence[int]) -> str:
+    return ", ".join(str(value) for value in values)

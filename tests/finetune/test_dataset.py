@@ -1,0 +1,81 @@
+"""Divisions keep molecules whole, use every structure once, and say when they cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from rung.data.structure import Labels, Structure
+from rung.finetune import dataset
+from rung.finetune.config import FinetuneConfig, SplitConfig
+
+
+def test_folds_are_a_partition_without_leaks(shifted: list[Structure]) -> None:
+    notes: list[str] = []
+    folds = dataset.partition(shifted, 4, 0, notes, "cross-validation")
+    assert sorted(i for fold in folds for i in fold) == list(range(len(shifted)))
+    assert {len(fold) for fold in folds} == {8}
+    groups = [{shifted[i].group for i in fold} for fold in folds]
+    assert sum(len(names) for names in groups) == len(set().union(*groups))
+    assert notes == []
+
+
+def test_the_division_depends_on_the_seed_alone(shifted: list[Structure]) -> None:
+    first, again, other = (dataset.partition(shifted, 4, seed, [], "folds") for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_a_held_out_set_shares_no_molecule(shifted: list[Structure]) -> None:
+    kept, held = dataset.hold_out(shifted, 0.25, 0, "test", [])
+    assert len(kept) + len(held) == len(shifted)
+    assert len(held) == 8
+    assert not {s.group for s in kept} & {s.group for s in held}
+
+
+def test_one_molecule_is_divided_by_structure_and_says_so(shifted: list[Structure]) -> None:
+    water = [s for s in shifted if s.group == "H2O"]
+    notes: list[str] = []
+    kept, held = dataset.hold_out(water, 0.25, 0, "validation", notes)
+    assert (len(kept), len(held)) == (3, 1)
+    assert notes == [
+        "validation: only 1 molecules, so it is divided by structure: its errors do not tell about other molecules"
+    ]
+
+
+def test_too_few_structures_are_named(shifted: list[Structure]) -> None:
+    with pytest.raises(ValueError, match="cross-validation: expected at least 5 structures to divide, found 3"):
+        dataset.partition(shifted[:3], 5, 0, [], "cross-validation")
+
+
+def test_structures_without_an_energy_are_named(shifted: list[Structure]) -> None:
+    broken = dataclasses.replace(shifted[3], labels={"high": Labels(forces=shifted[3].labels["high"].forces)})
+    with pytest.raises(ValueError, match="my.extxyz: expected an energy at 'high' .* 1 have none \\(first: C2H6-0\\)"):
+        dataset.require_energies([*shifted[:3], broken], "high", "my.extxyz")
+
+
+def test_a_training_view_holds_only_what_may_be_trained_on(shifted: list[Structure]) -> None:
+    energies_only = dataset.training_view(shifted, "high", use_forces=False)
+    assert all(s.labels["high"].forces is None and set(s.labels) == {"high"} for s in energies_only)
+    assert all(s.labels["high"].energy == t.labels["high"].energy for s, t in zip(energies_only, shifted, strict=True))
+    assert dataset.training_view(shifted, "high", use_forces=True)[0].labels["high"].forces is not None
+
+
+@pytest.mark.parametrize(("folds", "structures", "expected"), [(-1, 199, 5), (-1, 200, 0), (0, 20, 0), (3, 900, 3)])
+def test_small_sets_get_folds(folds: int, structures: int, expected: int) -> None:
+    assert dataset.num_folds(SplitConfig(folds=folds), structures) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"replay": ("builtin",)}, "replay: expected DATASET:FIDELITY, found builtin"),
+        ({"replay": ("builtin:low",), "strategy": "embedding"}, "replay: expected strategy full or adapter"),
+        ({"split": SplitConfig(folds=1)}, "split.folds: expected -1"),
+        ({"fidelity": "CCSD(T)"}, "expected lower-case letters"),
+    ],
+)
+def test_a_wrong_setting_is_named(changes: dict[str, object], message: str) -> None:
+    values: dict[str, object] = {"checkpoint": "c", "data": "d", "fidelity": "high"}
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**(values | changes))  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""The calculator against predict, finite differences and ASE's own tools, in float64 where derivatives matter."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.build import bulk, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
+from ase.md.verlet import VelocityVerlet
+from ase.optimize import BFGS
+
+from rung.data.fidelity import Fidelity
+from rung.data.structure import Structure
+from rung.model.ase_calculator import RungCalculator
+from rung.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from rung.model.potential import Potential
+from rung.model.predict import predict
+
+FIDELITIES = {"low": Fidelity("low", "GFN2-xTB"), "high": Fidelity("high", "MP2")}
+
+
+@pytest.fixture
+def checkpoint(make_potential: Callable[..., Potential]) -> Checkpoint:
+    return Checkpoint(make_potential(), info={}, evaluation={}, raw_state=None)
+
+
+@pytest.fixture
+def ethanol(checkpoint: Checkpoint) -> Atoms:
+    atoms = molecule("CH3CH2OH")
+    atoms.rattle(0.05, seed=1)
+    atoms.calc = RungCalculator(checkpoint, "low", dtype="float64")
+    return atoms
+
+
+@pytest.fixture
+def crystal(checkpoint: Checkpoint) -> Atoms:
+    """Return strained, displaced diamond: two atoms, every bond across the cell's faces."""
+    atoms = bulk("C", "diamond", a=3.6)
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + [[0.02, 0.01, 0], [0, -0.03, 0.02], [0, 0, 0.01]]), scale_atoms=True)
+    atoms.rattle(0.05, seed=1)
+    atoms.calc = RungCalculator(checkpoint, "low", dtype="float64")
+    return atoms
+
+
+def test_it_agrees_with_predict(checkpoint: Checkpoint, molecules: list[Structure]) -> None:
+    calculator = RungCalculator(checkpoint, "low")
+    for structure, expected in zip(molecules, predict(checkpoint.potential, molecules, "low"), strict=True):
+        atoms = Atoms(structure.numbers, structure.positions, calculator=calculator)
+        assert atoms.get_potential_energy() == pytest.approx(expected.energy, abs=1e-5)
+        assert atoms.get_potential_energy(force_consistent=True) == atoms.get_potential_energy()
+        np.testing.assert_allclose(atoms.get_forces(), expected.forces, atol=1e-5)
+        assert atoms.get_potential_energies().sum() == pytest.approx(expected.energy, abs=1e-5)
+
+
+def test_forces_are_the_gradient(ethanol: Atoms) -> None:
+    some = [0, 2, 5]  # carbon, oxygen, hydrogen
+    numerical = calculate_numerical_forces(ethanol, eps=1e-4, iatoms=some)
+    np.testing.assert_allclose(ethanol.get_forces()[some], numerical, atol=1e-6)
+
+
+def test_forces_and_stress_of_a_crystal_are_the_gradient(crystal: Atoms) -> None:
+    np.testing.assert_allclose(crystal.get_forces(), calculate_numerical_forces(crystal, eps=1e-4), atol=1e-6)
+    stress = crystal.get_stress()
+    assert stress.shape == (6,) and np.abs(stress).max() > 1e-3
+    np.testing.assert_allclose(stress, calculate_numerical_stress(crystal, eps=1e-5), atol=1e-7)
+
+
+def test_float32_and_float64_agree_and_leave_the_checkpoint_alone(checkpoint: Checkpoint, ethanol: Atoms) -> None:
+    double = ethanol.get_forces()
+    ethanol.calc = RungCalculator(checkpoint, "low")
+    single = ethanol.get_forces()
+    np.testing.assert_allclose(single, double, atol=1e-4)
+    assert np.abs(single - double).max() > 0
+    assert next(checkpoint.potential.parameters()).dtype == torch.float32
+
+
+def test_relaxation_lowers_the_energy_until_no_force_is_left(crystal: Atoms) -> None:
+    start = crystal.get_potential_energy()
+    assert BFGS(crystal, logfile=io.StringIO()).run(fmax=1e-3, steps=100)
+    assert crystal.get_potential_energy() < start
+
+
+def test_dynamics_conserve_energy(ethanol: Atoms) -> None:
+    width = np.sqrt(300 * units.kB / ethanol.get_masses())[:, None]  # Maxwell-Boltzmann at 300 K
+    ethanol.set_velocities(width * np.random.default_rng(0).normal(size=(len(ethanol), 3)))
+    kinetic, total = ethanol.get_kinetic_energy(), ethanol.get_total_energy()
+    changes = []
+    for time_step in (0.5, 0.25):
+        atoms = ethanol.copy()
+        atoms.calc = ethanol.calc
+        VelocityVerlet(atoms, time_step * units.fs).run(round(10 / time_step))
+        changes.append(abs(atoms.get_total_energy() - total))
+    assert changes[1] < 1e-2 * kinetic
+    assert changes[1] < changes[0] / 3  # of second order in the time step: 4 in the limit
+
+
+def test_charge_and_multiplicity_come_from_info_and_are_not_cached(ethanol: Atoms) -> None:
+    neutral = ethanol.get_potential_energy()
+    ethanol.info["charge"] = 1
+    charged = ethanol.get_potential_energy()
+    ethanol.info["multiplicity"] = 2
+    doublet = ethanol.get_potential_energy()
+    assert len({neutral, charged, doublet}) == 3
+    del ethanol.info["multiplicity"]
+    ethanol.info["spin"] = 2
+    assert ethanol.get_potential_energy() == doublet
+
+
+def test_what_it_does_not_know_is_named(checkpoint: Checkpoint, ethanol: Atoms) -> None:
+    with pytest.raises(ValueError, match="this potential knows 2, so name one: low, high"):
+        RungCalculator(checkpoint)
+    with pytest.raises(ValueError, match="unknown fidelity 'lo'; known: low, high"):
+        RungCalculator(checkpoint, "lo")
+    with pytest.raises(ValueError, match="dtype: expected one of float32, float64, found 'float16'"):
+        RungCalculator(checkpoint, "low", dtype="float16")  # type: ignore[arg-type]
+    with pytest.raises(PropertyNotImplementedError, match="periodic in three directions"):
+        ethanol.get_stress()
+    with pytest.raises(ValueError, match="structure 'Au': fidelity 'low' was not trained on Au"):
+        Atoms("Au", calculator=ethanol.calc).get_potential_energy()
+    ethanol.info["charge"] = 0.5
+    with pytest.raises(ValueError, match="atoms.info: charge: expected a whole number, found 0.5"):
+        ethanol.get_potential_energy()
+    ethanol.info["charge"] = 5
+    with pytest.raises(ValueError, match="charge 5 is not known; known charges: 0, 1"):
+        ethanol.get_potential_energy()
+    ethanol.positions[0, 0] = np.nan
+    with pytest.raises(ValueError, match="positions of 'C2OH6': expected finite numbers"):
+        ethanol.get_potential_energy()
+
+
+def test_one_fidelity_needs_no_name_and_a_path_will_do(
+    tmp_path: Path, make_potential: Callable[..., Potential], ethanol: Atoms
+) -> None:
+    folder = save_checkpoint(
+        tmp_path / "model",
+        make_potential(fidelities=("low",)),
+        fidelities=FIDELITIES,
+        training_config={},
+        datasets=[],
+        evaluation={},
+    )
+    ethanol.calc = RungCalculator(folder)
+    [expected] = predict(load_checkpoint(folder).potential, [_stored(ethanol)], "low")
+    assert ethanol.get_potential_energy() == pytest.approx(expected.energy, abs=1e-9)
+
+
+def _stored(atoms: Atoms) -> Structure:
+    return Structure("a", "a", atoms.numbers.astype(np.uint8), atoms.positions.astype(np.float32))

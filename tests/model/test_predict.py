@@ -1,0 +1,104 @@
+"""Predictions come back per structure in order, and the error metrics are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from rung.data.batch import Budget, collate
+from rung.data.structure import Labels, Structure
+from rung.model.potential import Potential
+from rung.model.predict import ErrorSums, choose_fidelity, error_sums, evaluate, predict
+
+
+@pytest.fixture
+def potential(make_potential: Callable[..., Potential]) -> Potential:
+    return make_potential().double()
+
+
+def test_predictions_do_not_depend_on_the_batches(potential: Potential, molecules: list[Structure]) -> None:
+    together = predict(potential, molecules, "low")
+    one_by_one = predict(potential, molecules, "low", budget=Budget(max_atoms=9, max_edges=1000))
+    index = {"low": 0, "high": 1}
+    assert [prediction.key for prediction in together] == [structure.key for structure in molecules]
+    for structure, first, second in zip(molecules, together, one_by_one, strict=True):
+        batch = collate([structure], fidelities=["low"], fidelity_index=index, cutoff=potential.config.cutoff)
+        direct = potential(batch.to("cpu", torch.float64))
+        for prediction in (first, second):
+            assert prediction.energy == pytest.approx(direct.energy.item(), abs=1e-9)
+            np.testing.assert_allclose(prediction.forces, direct.forces.numpy(), atol=1e-9)
+            assert prediction.atomic_energies.shape == (structure.num_atoms,)
+            assert prediction.atomic_energies.sum() == pytest.approx(prediction.energy, abs=1e-9)
+            assert prediction.stress is None
+
+
+def test_what_is_not_asked_for_is_none(potential: Potential, molecules: list[Structure]) -> None:
+    [prediction] = predict(potential, molecules[:1], "low", forces=False)
+    assert prediction.forces is None
+    assert predict(potential, [], "low") == []
+
+
+def test_the_mode_of_the_potential_is_restored(potential: Potential, molecules: list[Structure]) -> None:
+    potential.train()
+    predict(potential, molecules, "low")
+    assert potential.training
+
+
+def test_metrics_in_closed_form(potential: Potential, molecules: list[Structure]) -> None:
+    energy_errors, force_error = [0.002, -0.004, 0.003], 0.05  # eV/atom, eV/angstrom
+    labelled = []
+    for structure, prediction, error in zip(
+        molecules, predict(potential, molecules, "low"), energy_errors, strict=True
+    ):
+        assert prediction.forces is not None
+        labels = Labels(
+            energy=prediction.energy - error * structure.num_atoms,
+            forces=(prediction.forces + force_error).astype(np.float32),
+        )
+        labelled.append(dataclasses.replace(structure, labels={"low": labels}))
+    only_energy = dataclasses.replace(labelled[0].labels["low"], forces=None)
+    labelled[0] = dataclasses.replace(labelled[0], labels={"low": only_energy})
+    assert evaluate(potential, labelled, "low") == {
+        "num_energies": 3,
+        "energy_mae_mev_per_atom": pytest.approx(3.0, rel=1e-6),
+        "energy_rmse_mev_per_atom": pytest.approx(np.sqrt((4 + 16 + 9) / 3), rel=1e-6),
+        "num_forces": 2,
+        "force_mae_mev_per_angstrom": pytest.approx(50.0, rel=1e-4),
+        "force_rmse_mev_per_angstrom": pytest.approx(50.0, rel=1e-4),
+    }
+
+
+def test_sums_of_parts_add_up_to_the_whole(potential: Potential, molecules: list[Structure]) -> None:
+    parts = error_sums(potential, molecules[:1], "low") + error_sums(potential, molecules[1:], "low")
+    whole = evaluate(potential, molecules, "low")
+    assert parts.metrics() == {key: pytest.approx(value, rel=1e-9) for key, value in whole.items()}
+
+
+def test_absent_labels_have_no_error(potential: Potential, molecules: list[Structure]) -> None:
+    metrics = evaluate(potential, [molecules[1]], "high")  # an energy without forces
+    assert metrics["num_energies"] == 1 and metrics["energy_mae_mev_per_atom"] is not None
+    assert metrics["num_forces"] == 0 and metrics["force_mae_mev_per_angstrom"] is None
+    assert ErrorSums().metrics()["energy_rmse_mev_per_atom"] is None
+
+
+def test_what_the_potential_does_not_know_is_named(potential: Potential, molecules: list[Structure]) -> None:
+    with pytest.raises(ValueError, match="unknown fidelity 'hig'; known: low, high; did you mean 'high'"):
+        predict(potential, molecules, "hig")
+    with pytest.raises(ValueError, match="structure 'H2O': fidelity 'high' was not trained on O; known elements: H, C"):
+        predict(potential, molecules, "high")
+    charged = dataclasses.replace(molecules[0], charge=-1)
+    with pytest.raises(ValueError, match="structure 'H2O': charge -1 is not known; known charges: 0, 1"):
+        predict(potential, [charged], "low")
+    with pytest.raises(ValueError, match="structure 'CH3CH2OH': 9 atoms .* exceed the budget of 5 atoms"):
+        predict(potential, molecules, "low", budget=Budget(max_atoms=5, max_edges=1000))
+
+
+def test_a_fidelity_must_be_named_when_there_are_several() -> None:
+    assert choose_fidelity(None, ["low"]) == "low"
+    assert choose_fidelity("high", ["low", "high"]) == "high"
+    with pytest.raises(ValueError, match="this potential knows 2, so name one: low, high"):
+        choose_fidelity(None, ["low", "high"])

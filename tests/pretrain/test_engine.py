@@ -1,0 +1,191 @@
+"""DeepSpeed's steps against plain torch, and the traps of DeepSpeed that are silent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rung.data.batch import Batch, collate
+from rung.data.structure import Structure
+from rung.model.config import ModelConfig
+from rung.model.loss import LossConfig
+from rung.model.potential import Potential
+from rung.pretrain.config import OptimizerConfig
+from rung.pretrain.engine import Engine, connect
+from rung.pretrain.optimizer import make_optimizer
+from rung.pretrain.plan import deepspeed_settings
+from rung.pretrain.step import StepModule
+
+pytestmark = [
+    pytest.mark.slow,
+    # DeepSpeed's ZeRO imports torch's inductor, which uses a deprecated part of torch.
+    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
+]
+
+MODEL = ModelConfig(
+    (1, 6, 7, 8), ("low", "high"), channels=4, num_layers=2, l_max=2, num_radial=4, fidelity_dim=4, readout_hidden=4
+)
+LOSS = LossConfig(energy_weight=0.5, forces_weight=2.0)
+CASES = [("soap", 0, 0.0), ("soap", 0, 1e-3), ("adamw", 0, 1e-3), ("adamw", 1, 1e-3), ("adamw", 2, 0.0)]
+STEPS = 3
+
+
+def make_potential() -> Potential:
+    potential = Potential(MODEL)
+    for fidelity in MODEL.fidelities:
+        potential.set_reference(fidelity, dict.fromkeys(MODEL.elements, 0.0))
+    return potential
+
+
+def make_batch(structures: Sequence[Structure]) -> Batch:
+    """Every structure at its highest fidelity; ranks see different numbers of atoms and fidelities."""
+    fidelities = ["high" if "high" in structure.labels else "low" for structure in structures]
+    index = {name: row for row, name in enumerate(MODEL.fidelities)}
+    return collate(structures, fidelities=fidelities, fidelity_index=index, cutoff=MODEL.cutoff)
+
+
+def parts(structures: Sequence[Structure], step: int) -> list[list[Structure]]:
+    """The two ranks' unequal shares of a step's structures."""
+    chosen = structures[step * 8 : step * 8 + 8]
+    return [list(chosen[:3]), list(chosen[3:])]
+
+
+def plain_torch(structures: Sequence[Structure], config: OptimizerConfig) -> list[Tensor]:
+    """The same steps on the whole batches, without DeepSpeed and ranks."""
+    module = StepModule(make_potential(), LOSS, lambda tensor: tensor, 1)
+    optimizer = make_optimizer(module, [p for _, p in module.potential.fidelity_parameters()], config)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss, _ = module(make_batch(sum(parts(structures, step), [])), False)
+        loss.backward()
+        if config.gradient_clipping > 0:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clipping)
+        optimizer.step()
+    return [parameter.detach() for parameter in module.parameters()]
+
+
+def make_engine(config: OptimizerConfig) -> Engine:
+    ranks = connect(timedelta(minutes=1))
+    module = StepModule(make_potential(), LOSS, ranks.sum_, ranks.world)
+    return Engine(module, config, deepspeed_settings(config), ranks)
+
+
+def deepspeed_ranks(structures: Sequence[Structure], configs: Sequence[OptimizerConfig]) -> list[list[Tensor]]:
+    ends = []
+    for config in configs:
+        engine = make_engine(config)
+        for step in range(STEPS):
+            engine.step(make_batch(parts(structures, step)[engine.ranks.rank]), config.lr)
+        ends.append([parameter.clone().numpy() for parameter in engine.parameters()])
+    return ends
+
+
+def test_two_ranks_are_one_rank(structures: list[Structure], run_ranks: Any) -> None:
+    """Every optimizer, ZeRO stage and clipping: same weights as one process without DeepSpeed on the joined batch.
+
+    A large eps makes the first steps nearly linear in the gradients, whose rounding they would otherwise amplify.
+    """
+    configs = [
+        OptimizerConfig(name=name, zero_stage=stage, gradient_clipping=clipping, lr=0.1, eps=0.1)  # type: ignore[arg-type]
+        for name, stage, clipping in CASES
+    ]
+    results = run_ranks(deepspeed_ranks, 2, structures, configs)
+    start = [parameter.detach() for parameter in make_potential().parameters()]
+    for case, config in enumerate(configs):
+        expected = plain_torch(structures, config)
+        moved = max(float((end - begin).abs().max()) for end, begin in zip(expected, start, strict=True))
+        assert moved > 1e-4
+        for ends in results:
+            for found, wanted in zip(ends[case], expected, strict=True):
+                torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-4 * moved, msg=str(CASES[case]))
+
+
+def not_finite(structures: Sequence[Structure], config: OptimizerConfig) -> list[tuple[Any, bool]]:
+    """Rank 1 gets, in turn, a label that is infinite and one whose loss is finite but whose gradient is not."""
+    engine = make_engine(config)
+    good = make_batch(parts(structures, 0)[engine.ranks.rank])
+    infinite = replace(good, energy=torch.full_like(good.energy, math.inf))
+    coincident = replace(good, positions=good.positions.clone())
+    seen = []
+    for bad in (infinite, coincident):
+        begin = [parameter.clone() for parameter in engine.parameters()]
+        if bad is coincident and engine.ranks.rank == 1:
+            handle = next(iter(engine._module.parameters())).register_hook(lambda gradient: gradient * math.nan)
+        totals = engine.step(bad if engine.ranks.rank == 1 else good, config.lr, stop=engine.ranks.rank == 1)
+        if bad is coincident and engine.ranks.rank == 1:
+            handle.remove()
+        same = all(torch.equal(a, b) for a, b in zip(begin, engine.parameters(), strict=True))
+        seen.append((totals, same))
+    begin = [parameter.clone() for parameter in engine.parameters()]
+    for _ in range(2):  # SOAP's first step only fills its statistics
+        totals = engine.step(good, config.lr)
+    seen.append((totals, all(torch.equal(a, b) for a, b in zip(begin, engine.parameters(), strict=True))))
+    return seen
+
+
+@pytest.mark.parametrize(("name", "stage"), [("soap", 0), ("adamw", 1)])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    structures: list[Structure], run_ranks: Any, name: str, stage: int
+) -> None:
+    config = OptimizerConfig(name=name, zero_stage=stage)  # type: ignore[arg-type]
+    for (infinite, same_1), (not_a_number, same_2), (good, same_3) in run_ranks(not_finite, 2, structures, config):
+        assert (infinite.skipped, infinite.steps, same_1, infinite.stop) == (1, 0, True, True)
+        assert (not_a_number.skipped, not_a_number.steps, same_2) == (1, 0, True)
+        assert (good.skipped, good.steps, same_3, good.stop) == (0, 1, False, False)
+        assert good.structures == 8
+
+
+def written_parameters(structures: Sequence[Structure], config: OptimizerConfig) -> float:
+    engine = make_engine(config)
+    batch = make_batch(parts(structures, 0)[engine.ranks.rank])
+    engine.step(batch, 1e-3)
+    written = [torch.ones_like(parameter) for parameter in engine.parameters()]
+    engine.write_parameters(written)
+    engine.step(batch, 0.0)
+    return max(float((a - b).abs().max()) for a, b in zip(written, engine.parameters(), strict=True))
+
+
+def test_written_parameters_survive_the_next_step_of_zero(structures: list[Structure], run_ranks: Any) -> None:
+    """DeepSpeed steps from its own float32 partitions: without refreshing them what was written is silently lost."""
+    config = OptimizerConfig(name="adamw", zero_stage=1, weight_decay=0.0)
+    assert max(run_ranks(written_parameters, 2, structures, config)) == 0.0
+
+
+def shm_op_and_clipping() -> tuple[bool, float]:
+    from deepspeed.comm import comm
+
+    engine = make_engine(OptimizerConfig(gradient_clipping=0.0))
+    return comm.cdb.shm_comm_op is None, engine._engine.gradient_clipping()
+
+
+def test_nothing_is_compiled_and_clipping_is_ours(run_ranks: Any) -> None:
+    assert run_ranks(shm_op_and_clipping, 1) == [(True, 0.0)]
+
+
+def absent_rank(structures: Sequence[Structure]) -> str:
+    """Rank 1 never joins rank 0's step; it waits in the world's group, whose time-out is long."""
+    ranks = connect(timedelta(seconds=1))
+    module = StepModule(make_potential(), LOSS, ranks.sum_, ranks.world)
+    config = OptimizerConfig()
+    engine = Engine(module, config, deepspeed_settings(config), ranks)
+    if ranks.rank == 1:
+        torch.distributed.barrier()
+        return "released"
+    try:
+        engine.step(make_batch(structures[:2]), 1e-3)
+    except RuntimeError as error:
+        torch.distributed.barrier()
+        return str(error)
+    return "the step went on without rank 1"
+
+
+def test_a_stalled_rank_is_an_error_after_the_time_out(structures: list[Structure], run_ranks: Any) -> None:
+    message, released = run_ranks(absent_rank, 2, structures)
+    assert "imed out" in message and released == "released"
