@@ -73,10 +73,20 @@ class Batch:
         """Return the batch in page-locked memory, from which copies to a GPU run asynchronously."""
         return self._map(lambda _, value: value.pin_memory())
 
+    def __reduce__(self) -> tuple[Callable[[Mapping[str, Any]], Batch], tuple[dict[str, Any]]]:
+        """Travel between processes as arrays: torch would open a file descriptor and a socket for every tensor."""
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return _from_arrays, ({n: v.numpy() if isinstance(v, Tensor) else v for n, v in values.items()},)
+
     def _map(self, function: Callable[[str, Tensor], Tensor]) -> Batch:
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         tensors = {name: function(name, value) for name, value in values.items() if isinstance(value, Tensor)}
         return Batch(**(values | tensors))
+
+
+def _from_arrays(values: Mapping[str, Any]) -> Batch:
+    tensors = {name: torch.from_numpy(value) for name, value in values.items() if isinstance(value, np.ndarray)}
+    return Batch(**{**values, **tensors})
 
 
 class Sample(NamedTuple):

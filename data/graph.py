@@ -38,10 +38,10 @@ def neighbour_graph(
         raise ValueError(f"cutoff: expected a positive length in angstrom, found {cutoff}")
     # One thread: the list is small, and the loader's workers share the cores with training.
     neighbours = NeighborList(cutoff=cutoff, full_list=True, sorted=False, n_threads=1)
-    i, j, shift, distance = neighbours.compute(
-        positions.astype(np.float64), cell.astype(np.float64), pbc, "ijSd", copy=False
+    pairs, shift, distance = neighbours.compute(
+        positions.astype(np.float64), cell.astype(np.float64), pbc, "PSd", copy=False
     )
-    i, j = i.astype(np.int32), j.astype(np.int32)
+    i, j = pairs.astype(np.int32).T
     if len(distance) and distance.min() == 0.0:
         edge = int(distance.argmin())
         raise ValueError(f"positions: atoms {i[edge]} and {j[edge]} are at the same place; remove one of them")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from rung.data.batch import Batch, Batcher, Budget
 from rung.data.mixing import MixedStream
 
 STATE_VERSION = 1
+_SECONDS_TO_OUTLIVE = 20
 
 ConsumerState = dict[str, Any] | None  # state of one MixedStream; None before its first batch
 
@@ -92,6 +96,7 @@ class BatchLoader:
         self._states: list[ConsumerState] = []
         self._next_consumer = 0
         self._set([None] * max(1, num_workers), 0)
+        atexit.register(_close, weakref.ref(self))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -127,6 +132,9 @@ class BatchLoader:
 
     def close(self) -> None:
         """Stop the worker processes; the next batch starts them again where the loader stands."""
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+            # Dropping the iterator is not enough: the traceback of an error that a worker sent keeps it alive.
+            self._iterator._shutdown_workers()
         self._iterator = None
         self._set(self._states, self._next_consumer)
 
@@ -146,7 +154,7 @@ class BatchLoader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch,
             collate_fn=_as_it_is,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_outlive_the_step,
             pin_memory=self._pin_memory,
             multiprocessing_context="fork",  # the streams are opened by closures, which no other start method can send
             generator=torch.Generator(),  # else DataLoader draws its seed from the generator that training resumes
@@ -154,14 +162,20 @@ class BatchLoader:
         return iter(loader)
 
 
+def _close(loader: weakref.ref[BatchLoader]) -> None:
+    if (found := loader()) is not None:
+        found.close()
+
+
 def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave stopping to the main process: it finishes its step, saves, and then ends its workers.
+def _outlive_the_step(worker: int) -> None:
+    """Leave stopping to the main process: it finishes its step, closes the loader and saves.
 
-    Launchers signal the whole process group, and a worker that died first would make that last step fail.
+    Launchers signal all processes at once, and a worker that died first would make that last step fail. SIGTERM is only
+    put off, because it is also how Python ends workers that are still there when it exits.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_TO_OUTLIVE))

@@ -80,9 +80,10 @@ def encode(structures: Sequence[Structure]) -> bytes:
     return save(arrays)
 
 
-def decode(data: bytes, source: str) -> list[Structure]:
+def decode(data: bytes, source: str, fidelity: str | None = None) -> list[Structure]:
     """Return the structures of a pack; their arrays are views of one buffer.
 
+    With `fidelity`, return only the structures that carry it, with the labels of no other.
     `source` says in errors where the bytes came from. Raises ValueError when they are not a well-formed pack.
     """
     try:
@@ -93,16 +94,23 @@ def decode(data: bytes, source: str) -> list[Structure]:
     sizes = _check_arrays(arrays, source)
     keys = _decode_strings(arrays, "key", source)
     groups = _decode_strings(arrays, "group", source)
-    labels = [name.partition(".") for name in arrays if name.partition(".")[0] in _LABELS]
     ends = np.cumsum(arrays["num_atoms"], dtype=np.int64).tolist()
+    starts = [0, *ends[:-1]]
+    present: dict[tuple[str, str], list[bool]] = {}
+    for name, array in arrays.items():
+        label, _, of = name.partition(".")
+        if label in _LABELS and fidelity in (None, of):
+            present[label, of] = _present(array, starts if _LABELS[label][1] == "N" else None)
     structures = []
     for m in range(sizes["M"]):
-        atoms = slice(ends[m - 1] if m else 0, ends[m])
+        atoms = slice(starts[m], ends[m])
         found: dict[str, dict[str, Any]] = {}
-        for label, _, fidelity in labels:
-            value = arrays[f"{label}.{fidelity}"][atoms if _LABELS[label][1] == "N" else m]
-            if not np.isnan(value).all():
-                found.setdefault(fidelity, {})[label] = float(value) if label == "energy" else value
+        for (label, of), has_label in present.items():
+            if has_label[m]:
+                value = arrays[f"{label}.{of}"][atoms if _LABELS[label][1] == "N" else m]
+                found.setdefault(of, {})[label] = float(value) if label == "energy" else value
+        if fidelity is not None and not found:
+            continue
         structures.append(
             Structure(
                 key=keys[m],
@@ -113,10 +121,19 @@ def decode(data: bytes, source: str) -> list[Structure]:
                 pbc=arrays["pbc"][m],
                 charge=int(arrays["charge"][m]),
                 multiplicity=int(arrays["multiplicity"][m]),
-                labels={fidelity: Labels(**found[fidelity]) for fidelity in sorted(found)},
+                labels={name: Labels(**found[name]) for name in sorted(found)},
             )
         )
     return structures
+
+
+def _present(array: Array, starts: Sequence[int] | None) -> list[bool]:
+    """Return which structures have a label: their rows, which begin at `starts` if not one each, are not all NaN."""
+    has_value: Any = ~np.isnan(array).reshape(len(array), -1).all(axis=1)
+    if starts is not None:
+        has_value = np.logical_or.reduceat(has_value, starts)
+    present: list[bool] = has_value.tolist()
+    return present
 
 
 def _label_array(structures: Sequence[Structure], fidelity: str, label: str) -> Array | None:

@@ -15,6 +15,9 @@ from torch.nn.functional import silu
 from rung.kernels import NUM_INVARIANTS, Edges, VectorMessage, convolve, invariants
 from rung.model.config import ModelConfig
 
+# The radial functions are about 1/3 in RMS at bond lengths; this brings the convolution's output near 1.
+RADIAL_GAIN = 3.0
+
 
 def normal_parameter(*shape: int, std: float, generator: Generator) -> nn.Parameter:
     """Return a parameter drawn from a normal distribution of width `std`, zeros when it is 0."""
@@ -63,10 +66,11 @@ class Interaction(nn.Module):
         num_invariants = NUM_INVARIANTS[config.l_max]
         self.neighbour_scale = config.average_neighbours**-0.5
         self.sender = Dense(C, C, generator, bias=False)
-        self.radial_RlC = normal_parameter(R, num_degrees, C, std=R**-0.5, generator=generator)
+        self.radial_RlC = normal_parameter(R, num_degrees, C, std=RADIAL_GAIN * R**-0.5, generator=generator)
         self.mixing_lCC = normal_parameter(num_degrees, C, C, std=C**-0.5, generator=generator)
-        std = 1 / math.sqrt(3 * num_invariants * C)
-        self.message_KCC = normal_parameter(num_invariants, C, C, std=std, generator=generator)
+        std_K = _invariant_rms(config.l_max, generator).mul(math.sqrt(3 * num_invariants * C)).reciprocal()
+        message_KCC = torch.randn(num_invariants, C, C, generator=generator)
+        self.message_KCC = nn.Parameter(message_KCC * std_K[:, None, None])
         self.species_SCC = normal_parameter(len(config.elements), C, C, std=C**-0.5, generator=generator)
         self.hidden = Dense(C, C, generator)
         self.update = Dense(C, C, generator)
@@ -110,4 +114,10 @@ class Interaction(nn.Module):
         index = element_N[:, None, None].expand(-1, 1, h_NC.shape[1])
         message_NC = message_NC + every_element_NSC.gather(1, index).squeeze(1)
         change_NC: Tensor = self.update(silu(self.hidden(message_NC)))
-        return h_NC + change_NC
+        return h_NC + message_NC + change_NC
+
+
+def _invariant_rms(l_max: int, generator: Generator) -> Tensor:
+    """Return the RMS [K] of each invariant for normally distributed tensors: all start with an equal say."""
+    components = torch.randn(4096, (l_max + 1) ** 2, 1, generator=generator)
+    return invariants(components).square().mean((0, 2)).sqrt()

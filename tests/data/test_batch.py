@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -135,3 +136,15 @@ def test_to_keeps_the_energy_in_double_precision() -> None:
     assert batch.positions.dtype == batch.shifts.dtype == batch.energy.dtype == torch.float64
     assert batch.receivers.dtype == torch.int32
     assert single(make_structure(0), "low").to("cpu", torch.float32).energy.dtype == torch.float64
+
+
+def test_batch_survives_the_way_between_processes() -> None:
+    batch = single(make_structure(1, periodic=True), "low")
+    copy = ForkingPickler.loads(ForkingPickler.dumps(batch))
+    for item in dataclasses.fields(Batch):
+        found, expected = getattr(copy, item.name), getattr(batch, item.name)
+        if isinstance(expected, torch.Tensor):
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert found == expected

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-for _package in ("rdkit", "tblite", "pyscf"):
-    pytest.importorskip(_package, reason="needs rung[generate]")
-
 from rung.data.generate import cli
 from rung.data.generate.engine import CHEAP, COUNTS, Plan, generate, is_affordable, isolated_atoms, planned_labels
 from rung.data.generate.store import Geometry, LabelRow, LabelStore
 from rung.data.generate.workers import Lost, run_parallel
+
+for _package in ("rdkit", "tblite", "pyscf"):
+    pytest.importorskip(_package, reason="needs rung[generate]")
 
 PLAN = Plan(["C", "N", "O"], {"gfn2_xtb": None}, seed=1, structures_per_mode=3.0)
 
@@ -74,6 +74,10 @@ def test_a_plan_cut_short_is_a_shorter_prefix_at_every_level() -> None:
 def test_workers_return_every_result() -> None:
     tasks = [float(n) for n in range(20)]
     assert sorted(run_parallel(math.sqrt, tasks, jobs=2, timeout=60)) == sorted(map(math.sqrt, tasks))  # type: ignore[type-var]
+
+
+def test_a_function_may_return_none() -> None:
+    assert list(run_parallel(time.sleep, [0.0, 0.0], jobs=1, timeout=60)) == [None, None]  # type: ignore[func-returns-value]
 
 
 def test_a_worker_that_dies_is_replaced_and_its_task_reported() -> None:

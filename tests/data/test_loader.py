@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,6 +168,18 @@ def test_an_error_in_a_worker_reaches_the_caller(dataset: str) -> None:
     with pytest.raises(ValueError, match="exceed the budget of 3 atoms and 300 edges per batch"):
         take(loader, 1000)
     loader.close()
+
+
+def test_workers_outlive_a_signal_to_all_processes(dataset: str) -> None:
+    with open_loader(dataset, num_workers=2) as loader:
+        expected = take(loader, 40)
+    with open_loader(dataset, num_workers=2) as loader:
+        first = take(loader, 2)  # both workers have begun
+        for worker in multiprocessing.active_children():
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+        assert first + take(loader, 38) == expected
 
 
 def test_bad_options_are_named(dataset: str) -> None:

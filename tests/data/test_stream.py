@@ -204,6 +204,13 @@ def test_state_of_another_set_up_is_refused(many_packs: Path) -> None:
         ShardStream(many_packs, "high", seed=0, rank=1, world=2).load_state(state)
 
 
+def test_state_of_another_version_of_the_dataset_is_refused(many_packs: Path, tmp_path: Path) -> None:
+    state = ShardStream(many_packs, "low", seed=0).state()
+    rebuilt = build(tmp_path, every=5)
+    with pytest.raises(ValueError, match="content: expected .*resume with the dataset"):
+        ShardStream(rebuilt, "low", seed=0).load_state(state)
+
+
 def test_unknown_names_are_errors(many_packs: Path) -> None:
     with pytest.raises(ValueError, match="unknown fidelity 'hihg'.*did you mean 'high'"):
         ShardStream(many_packs, "hihg", seed=0)
@@ -287,5 +294,8 @@ def test_shards_may_be_read_through_a_command(many_packs: Path, tmp_path: Path) 
     (tmp_path / "dataset.yaml").write_bytes((many_packs / "dataset.yaml").read_bytes())
     stream = ShardStream(tmp_path, "low", seed=0, shard_url=f"pipe:cat {many_packs}/{{file}}")
     assert take(stream, 400) == take(ShardStream(many_packs, "low", seed=0), 400)
+    failing = ShardStream(tmp_path, "low", seed=0, shard_url="pipe:false {file}")
+    with pytest.raises(ValueError, match="unreadable pack.*the tar is damaged"):
+        next(failing)
     with pytest.raises(ValueError, match="shard_url: expected '{file}'"):
         ShardStream(tmp_path, "low", seed=0, shard_url="https://host/set/")
