@@ -74,7 +74,7 @@ class Interaction(nn.Module):
         self.species_SCC = normal_parameter(len(config.elements), C, C, std=C**-0.5, generator=generator)
         self.hidden = Dense(C, C, generator)
         self.update = Dense(C, C, generator)
-        self.vectors_in, self.vectors_out = vectors_in, vectors_out
+        self.vectors_out = vectors_out
         if vectors_in:
             self.vector_sender = Dense(C, C, generator, bias=False)
             self.axial_RlC = normal_parameter(R, num_degrees, C, std=R**-0.5, generator=generator)
@@ -109,6 +109,7 @@ class Interaction(nn.Module):
         return h_NC, torch.tanh(self.gate(h_NC))[:, None] * self.vector(A_LNC[1:4].transpose(0, 1))
 
     def _update_scalars(self, h_NC: Tensor, invariants_NKC: Tensor, element_N: Tensor) -> Tensor:
+        """Return h + m + MLP(m), where m is linear in the invariants and, by element, in h."""
         message_NC = invariants_NKC.flatten(1) @ self.message_KCC.flatten(0, 1)
         every_element_NSC = torch.einsum("nc,scd->nsd", h_NC, self.species_SCC)
         index = element_N[:, None, None].expand(-1, 1, h_NC.shape[1])

@@ -31,7 +31,7 @@ def make_potential() -> Callable[..., Potential]:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in potential.parameters():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         for fidelity in potential.config.fidelities:
             e0 = E0[fidelity]
             potential.set_reference(fidelity, {z: e0[z] for z in e0 if z in potential.config.elements})

@@ -92,7 +92,7 @@ def test_dynamics_conserve_energy(ethanol: Atoms) -> None:
     ethanol.set_velocities(width * np.random.default_rng(0).normal(size=(len(ethanol), 3)))
     kinetic, total = ethanol.get_kinetic_energy(), ethanol.get_total_energy()
     changes = []
-    for time_step in (0.5, 0.25):
+    for time_step in (0.25, 0.125):
         atoms = ethanol.copy()
         atoms.calc = ethanol.calc
         VelocityVerlet(atoms, time_step * units.fs).run(round(10 / time_step))
