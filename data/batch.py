@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rung.data.fidelity import unknown_fidelity
-from rung.data.graph import Graph, neighbour_graph
+from rung.data.graph import Graph, structure_graph
 from rung.data.structure import Structure
 
 
@@ -129,7 +129,7 @@ class Batcher:
 
     def add(self, sample: Sample) -> Batch | None:
         """Raises ValueError naming the structure when it is larger than the budget on its own."""
-        graph = _graph(sample.structure, self._cutoff)
+        graph = structure_graph(sample.structure, self._cutoff)
         atoms, edges = sample.structure.num_atoms, graph.num_edges
         if atoms > self._budget.max_atoms or edges > self._budget.max_edges:
             raise ValueError(
@@ -193,14 +193,7 @@ def collate(
         if len(values) != len(structures):
             raise ValueError(f"collate: {name}: expected one per structure ({len(structures)}), found {len(values)}")
     samples = list(map(Sample, structures, fidelities, energy_weights, forces_weights))
-    return _collate(samples, [_graph(structure, cutoff) for structure in structures], fidelity_index)
-
-
-def _graph(structure: Structure, cutoff: float) -> Graph:
-    try:
-        return neighbour_graph(structure.positions, structure.cell, structure.pbc, cutoff)
-    except ValueError as error:
-        raise ValueError(f"structure '{structure.key}': {error}") from error
+    return _collate(samples, [structure_graph(structure, cutoff) for structure in structures], fidelity_index)
 
 
 def _collate(samples: Sequence[Sample], graphs: Sequence[Graph], fidelity_index: Mapping[str, int]) -> Batch:

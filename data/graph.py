@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from vesin import NeighborList
 
+from rung.data.structure import Structure
+
 
 class Graph(NamedTuple):
     """E directed edges i <- j between n atoms; full and symmetric, periodic self-images included.
@@ -24,6 +26,14 @@ class Graph(NamedTuple):
     @property
     def num_edges(self) -> int:
         return len(self.senders)
+
+
+def structure_graph(structure: Structure, cutoff: float) -> Graph:
+    """Return the neighbour graph of a structure; raise ValueError naming it when it has none, as below."""
+    try:
+        return neighbour_graph(structure.positions, structure.cell, structure.pbc, cutoff)
+    except ValueError as error:
+        raise ValueError(f"structure '{structure.key}': {error}") from error
 
 
 def neighbour_graph(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from rung.data.fidelity import check_name
-from rung.data.graph import neighbour_graph
+from rung.data.graph import structure_graph
 from rung.data.pack import encode
 from rung.data.structure import Structure
 
@@ -82,7 +82,7 @@ def read_packs(path: Path) -> Iterator[tuple[str, bytes]]:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     check_member(member.name, str(path))
-                    content = tar.extractfile(member)
+                    content = tar.extractfile(member) if member.isreg() else None
                     if content is None:
                         raise ValueError(f"{path}: member '{member.name}': expected a regular file")
                     yield member.name, content.read()
@@ -113,6 +113,17 @@ def write_beside(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
+def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
+    """Return an uncompressed tar of (name, content): no owners, no times, so that the bytes depend on these alone."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 def _packs(structures: Iterable[Structure], pack_atoms: int) -> Iterator[list[Structure]]:
     pack: list[Structure] = []
     atoms = 0
@@ -129,14 +140,9 @@ def _packs(structures: Iterable[Structure], pack_atoms: int) -> Iterator[list[St
 def _write_shard(
     folder: Path, prefix: str, index: int, members: list[tuple[str, bytes]], contents: list[Structure]
 ) -> ShardInfo:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            header = tarfile.TarInfo(name)  # owner 0, time 0, mode 644: the bytes depend on the content alone
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
     file = f"{prefix}-{index:06d}.tar"
-    data = buffer.getvalue()
+    edges = sum(structure_graph(structure, EDGE_CUTOFF).num_edges for structure in contents)
+    data = tar_bytes(members)
     write_beside(folder / file, data)
     return ShardInfo(
         file=file,
@@ -145,17 +151,9 @@ def _write_shard(
         packs=len(members),
         structures=len(contents),
         atoms=sum(s.num_atoms for s in contents),
-        edges=sum(count_edges(s) for s in contents),
+        edges=edges,
         split=prefix,
     )
-
-
-def count_edges(structure: Structure) -> int:
-    """Return the number of directed edges at EDGE_CUTOFF; raise ValueError naming a structure with coincident atoms."""
-    try:
-        return neighbour_graph(structure.positions, structure.cell, structure.pbc, EDGE_CUTOFF).num_edges
-    except ValueError as error:
-        raise ValueError(f"structure '{structure.key}': {error}") from error
 
 
 def _ends_complete(file: io.BufferedReader) -> bool:

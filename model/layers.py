@@ -7,6 +7,7 @@ K invariants, S elements.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -24,6 +25,26 @@ def normal_parameter(*shape: int, std: float, generator: Generator) -> nn.Parame
     if std == 0:
         return nn.Parameter(torch.zeros(shape))
     return nn.Parameter(torch.randn(shape, generator=generator) * std)
+
+
+class ElementGroups(NamedTuple):
+    """The atoms of a batch grouped by element."""
+
+    order_N: Tensor  # int64 [N], the atoms sorted by element
+    counts: list[int]  # atoms of each of the S elements
+
+    @classmethod
+    def of(cls, element_N: Tensor, num_elements: int) -> ElementGroups:
+        """Group atoms by their element's row. The counts are read back from the device: do it once for a batch."""
+        counts = torch.bincount(element_N, minlength=num_elements).tolist()
+        return cls(element_N.argsort(stable=True), counts)
+
+    def linear(self, x_NC: Tensor, weight_SCD: Tensor) -> Tensor:
+        """Return x @ weight of each atom's element [N, D]; an element without atoms costs nothing."""
+        groups = x_NC.index_select(0, self.order_N).split(self.counts)
+        pairs = zip(groups, weight_SCD.unbind(), strict=True)
+        product_ND = torch.cat([group @ weight_CD for group, weight_CD in pairs if len(group)])
+        return torch.empty_like(product_ND).index_copy(0, self.order_N, product_ND)
 
 
 class Dense(nn.Module):
@@ -90,7 +111,7 @@ class Interaction(nn.Module):
         self,
         h_NC: Tensor,
         v_N3C: Tensor | None,
-        element_N: Tensor,
+        elements: ElementGroups,
         radial_ER: Tensor,
         harmonics_EL: Tensor,
         edges: Edges,
@@ -103,17 +124,15 @@ class Interaction(nn.Module):
         weights_RlC = self.radial_RlC * self.neighbour_scale
         A_NLC = convolve(radial_ER, harmonics_EL, self.sender(h_NC), weights_RlC, edges, message)
         A_LNC = A_NLC.transpose(0, 1) @ self.mixing_lCC.index_select(0, self.degree_L)
-        h_NC = self._update_scalars(h_NC, invariants(A_LNC.transpose(0, 1)), element_N)
+        h_NC = self._update_scalars(h_NC, invariants(A_LNC.transpose(0, 1)), elements)
         if not self.vectors_out:
             return h_NC, None
         return h_NC, torch.tanh(self.gate(h_NC))[:, None] * self.vector(A_LNC[1:4].transpose(0, 1))
 
-    def _update_scalars(self, h_NC: Tensor, invariants_NKC: Tensor, element_N: Tensor) -> Tensor:
+    def _update_scalars(self, h_NC: Tensor, invariants_NKC: Tensor, elements: ElementGroups) -> Tensor:
         """Return h + m + MLP(m), where m is linear in the invariants and, by element, in h."""
         message_NC = invariants_NKC.flatten(1) @ self.message_KCC.flatten(0, 1)
-        every_element_NSC = torch.einsum("nc,scd->nsd", h_NC, self.species_SCC)
-        index = element_N[:, None, None].expand(-1, 1, h_NC.shape[1])
-        message_NC = message_NC + every_element_NSC.gather(1, index).squeeze(1)
+        message_NC = message_NC + elements.linear(h_NC, self.species_SCC)
         change_NC: Tensor = self.update(silu(self.hidden(message_NC)))
         return h_NC + message_NC + change_NC
 

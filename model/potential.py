@@ -18,7 +18,7 @@ from rung.data.structure import MAX_ATOMIC_NUMBER
 from rung.kernels import Edges, edge_basis
 from rung.model.config import ModelConfig
 from rung.model.fidelity import CONDITIONING
-from rung.model.layers import Embedding, Interaction
+from rung.model.layers import ElementGroups, Embedding, Interaction
 
 _CHARGE_OFFSET = 128  # charges are int8 where they are stored
 
@@ -205,13 +205,14 @@ class Potential(nn.Module):
         )
         edges = Edges(batch.receivers, batch.senders, batch.row_ptr, batch.reverse)
         element_N = self.element_row[batch.numbers]
+        elements = ElementGroups.of(element_N, len(config.elements))
         charge_M = self.charge_row[batch.charge + _CHARGE_OFFSET]
         multiplicity_M = self.multiplicity_row[batch.multiplicity]
         h_NC = self.embedding(element_N, charge_M, multiplicity_M, batch.structure)
         v_N3C: Tensor | None = None
         outputs = []
         for t, layer in enumerate(self.layers):
-            h_NC, v_N3C = layer(h_NC, v_N3C, element_N, radial_ER, harmonics_EL, edges)
+            h_NC, v_N3C = layer(h_NC, v_N3C, elements, radial_ER, harmonics_EL, edges)
             h_NC, energy_N = self.conditioning(t, h_NC, batch.fidelity, batch.structure)
             outputs.append((h_NC, energy_N))
         return outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ENERGY_KEY = "REF_energy"
 FORCES_KEY = "REF_forces"
 GROUP_KEY = "group"
+CALCULATOR_KEYS = ("energy", "forces")
 
 
 def read_structures(
@@ -32,12 +33,12 @@ def read_structures(
 
     A frame that has `energy_key` in `info` or `forces_key` in `arrays` (and `REF_stress`, `REF_dipole` in `info`) is
     labelled by those alone; otherwise, with the default keys, by what ASE's calculator holds (extxyz's `energy`,
-    `forces`, `stress`, `dipole`). The two are never mixed: they may be of different levels of theory. `charge` and
-    `multiplicity` (or `spin`, which also means 2S + 1) come from `info`, as does the group; a frame without
-    `group_key` belongs to the group of its chemical formula.
+    `forces`, `stress`, `dipole`). The two are never mixed: they may be of different levels of theory. The calculator's
+    labels can also be asked for by name ("energy", "forces"). `charge` and `multiplicity` (or `spin`, which also means
+    2S + 1) come from `info`, as does the group; a frame without `group_key` belongs to the group of its formula.
 
     Raises FileNotFoundError, and ValueError naming the file and the frame for an empty or damaged file, a frame without
-    a label, and a value that `rung.data.structure.validate` refuses.
+    a label, a key other than the default that no frame has, and a value that `rung.data.structure.validate` refuses.
     """
     check_name(fidelity)
     path = Path(path)
@@ -45,14 +46,19 @@ def read_structures(
         raise FileNotFoundError(f"{path}: no such file; expected extxyz or another file that ASE reads")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; expected at least one frame")
+    missing = {energy_key, forces_key} - {ENERGY_KEY, FORCES_KEY}
     for index, atoms in _frames(path):
+        stored = _stored(atoms)
+        missing -= stored.keys()
         try:
-            labels = _labels(atoms, energy_key, forces_key)
+            labels = _labels(stored, energy_key, forces_key)
             structure = _structure(atoms, f"{path.stem}-{index:06d}", group_key, {fidelity: labels})
             validate(structure)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: frame {index}: {error}") from error
         yield structure
+    if missing:
+        raise ValueError(f"{path}: no frame has {' or '.join(sorted(missing))}; the last one has {_names(stored)}")
 
 
 def _frames(path: Path) -> Iterator[tuple[int, Atoms]]:
@@ -72,20 +78,22 @@ def _frames(path: Path) -> Iterator[tuple[int, Atoms]]:
         raise ValueError(f"{path}: no frame in the file; expected at least one")
 
 
-def _labels(atoms: Atoms, energy_key: str, forces_key: str) -> Labels:
-    results: dict[str, Any] = atoms.calc.results if atoms.calc is not None else {}
-    if energy_key in atoms.info or forces_key in atoms.arrays:
-        energy, forces = atoms.info.get(energy_key), atoms.arrays.get(forces_key)
-        stress, dipole = atoms.info.get("REF_stress"), atoms.info.get("REF_dipole")
-    elif (energy_key, forces_key) == (ENERGY_KEY, FORCES_KEY):
-        energy, forces, stress, dipole = (results.get(name) for name in ("energy", "forces", "stress", "dipole"))
-    else:
-        energy = forces = stress = dipole = None
+def _stored(atoms: Atoms) -> dict[str, Any]:
+    """Return all that a frame holds by name; ASE moves extxyz's `energy`, `forces`, ... to a calculator."""
+    results = {} if atoms.calc is None else atoms.calc.results
+    return {**results, **atoms.arrays, **atoms.info}
+
+
+def _labels(stored: Mapping[str, Any], energy_key: str, forces_key: str) -> Labels:
+    keys = (energy_key, forces_key)
+    if keys == (ENERGY_KEY, FORCES_KEY) and not stored.keys() & set(keys):
+        keys = CALCULATOR_KEYS
+    others = ("stress", "dipole") if keys == CALCULATOR_KEYS else ("REF_stress", "REF_dipole")
+    energy, forces, stress, dipole = (stored.get(name) for name in (*keys, *others))
     if energy is None and forces is None:
-        present = sorted({*atoms.info, *atoms.arrays, *results} - {"numbers", "positions"})
         raise ValueError(
             f"no energy and no forces: expected '{energy_key}' or '{forces_key}' (or, with the default keys, 'energy' "
-            f"or 'forces'), found {', '.join(present) if present else 'no labels at all'}"
+            f"or 'forces'), found {_names(stored)}"
         )
     if energy is not None and not isinstance(energy, (int, float, np.integer, np.floating)):
         raise ValueError(f"{energy_key}: expected one number in eV, found {energy!r}")
@@ -95,6 +103,10 @@ def _labels(atoms: Atoms, energy_key: str, forces_key: str) -> Labels:
         stress=None if stress is None else _full_stress(stress),
         dipole=None if dipole is None else np.asarray(dipole, np.float32),
     )
+
+
+def _names(stored: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(stored.keys() - {"numbers", "positions"})) or "no labels at all"
 
 
 def _full_stress(stress: Any) -> np.ndarray[Any, np.dtype[np.float32]]:

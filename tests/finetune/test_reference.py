@@ -67,3 +67,11 @@ def test_the_new_fidelity_knows_only_the_elements_of_its_data(potential: Potenti
     started.check_domain([1, 6], "high")
     with pytest.raises(ValueError, match="'high' was not trained on O"):
         started.check_domain([8], "high")
+
+
+def test_test_elements_without_a_training_structure_are_named(shifted: list[Structure]) -> None:
+    hydrocarbons = [s for s in shifted if 8 not in s.numbers]
+    reference.check_covered(shifted, hydrocarbons, "high")
+    message = r"test structures contain O, but no structure to train on at 'high' does \(first: H2O-0\)"
+    with pytest.raises(ValueError, match=message):
+        reference.check_covered(hydrocarbons, shifted, "high")

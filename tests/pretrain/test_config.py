@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,10 @@ def test_drawn_tasks_are_distinct_pure_and_follow_the_weights() -> None:
     counts = Counter(draws)
     assert [counts[task] / 2000 for task in range(3)] == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
     assert sorted(draw_tasks(0, 3, [0.7, 0.2, 0.1], 3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["builtin", "debug", "quickstart"])
+def test_packaged_configs_fit_the_builtin_dataset(name: str) -> None:
+    path = Path(str(resources.files("rung.pretrain.configs"))) / f"{name}.yaml"
+    plan = make_plan(read_config(PretrainConfig, path), world=2)
+    assert all(task.dataset == "builtin" for task in plan.tasks)

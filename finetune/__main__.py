@@ -1,0 +1,10 @@
+"""`python -m rung.finetune` is `rung finetune`."""
+
+import argparse
+import sys
+
+from rung.finetune import cli
+
+parser = argparse.ArgumentParser(prog="python -m rung.finetune", description=cli.__doc__)
+cli.add_arguments(parser)
+sys.exit(cli.run(parser.parse_args()))

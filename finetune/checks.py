@@ -1,0 +1,157 @@
+"""What is suspicious in a target set, each fault named; nothing is ever dropped here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ase.units
+import numpy as np
+from numpy.typing import NDArray
+
+from rung.data.structure import Structure
+from rung.finetune.config import ChecksConfig
+
+# The number that an energy in eV becomes in a unit that is often taken for it.
+UNIT_FACTORS = {
+    "hartree": 1 / ase.units.Hartree,
+    "rydberg": 1 / ase.units.Rydberg,
+    "kcal/mol": ase.units.mol / ase.units.kcal,
+    "kJ/mol": ase.units.mol / ase.units.kJ,
+    "meV": 1000.0,
+}
+UNIT_TOLERANCE = 0.2  # relative, of the factor between labels and predictions
+MIN_STRUCTURES = 8  # below this a spread of residuals says nothing
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One suspicious thing: its kind, and a sentence that names the structures."""
+
+    kind: str  # duplicate, leak, unit, outlier
+    message: str
+
+
+def duplicates(structures: Sequence[Structure], fidelity: str, config: ChecksConfig) -> list[Finding]:
+    """Name the pairs of equal geometries whose energies differ."""
+    findings = []
+    for i, j in equal_geometries(structures, config.duplicate_tolerance):
+        a, b = structures[i], structures[j]
+        energies = a.labels[fidelity].energy, b.labels[fidelity].energy
+        assert energies[0] is not None and energies[1] is not None
+        if abs(energies[0] - energies[1]) > config.duplicate_energy:
+            values = f"{energies[0]:.6f} and {energies[1]:.6f} eV"
+            message = f"'{a.key}' and '{b.key}' are one geometry with two energies, {values}"
+            findings.append(Finding("duplicate", message))
+    return findings
+
+
+def leaks(train: Sequence[Structure], test: Sequence[Structure], config: ChecksConfig) -> list[Finding]:
+    """Name the test structures that are also trained on."""
+    pairs = equal_geometries([*train, *test], config.duplicate_tolerance)
+    crossing = [(i, j) for i, j in pairs if i < len(train) <= j]
+    return [
+        Finding("leak", f"test structure '{test[j - len(train)].key}' is training structure '{train[i].key}'")
+        for i, j in crossing
+    ]
+
+
+def equal_geometries(structures: Sequence[Structure], tolerance: float) -> list[tuple[int, int]]:
+    """Return index pairs i < j of structures that are one geometry up to rotation, reflection and order of atoms.
+
+    Geometries are compared by their sorted interatomic distances per pair of elements; periodic ones by cell and
+    positions as they stand.
+    """
+    from scipy.spatial import cKDTree  # type: ignore[import-untyped]
+
+    alike: dict[tuple[bytes, ...], list[int]] = defaultdict(list)
+    for index, structure in enumerate(structures):
+        charge_and_spin = bytes([structure.charge % 256, structure.multiplicity])
+        alike[np.sort(structure.numbers).tobytes(), structure.pbc.tobytes(), charge_and_spin].append(index)
+    pairs = []
+    for members in alike.values():
+        points = np.stack([_fingerprint(structures[i]) for i in members])
+        # The largest coordinate difference decides, whatever the number of atoms.
+        for a, b in cKDTree(points).query_pairs(tolerance, p=np.inf):
+            pairs.append((members[a], members[b]))
+    return sorted(pairs)
+
+
+def _fingerprint(structure: Structure) -> NDArray[np.float64]:
+    positions = structure.positions.astype(np.float64)
+    if structure.pbc.any():
+        return np.concatenate([positions.ravel(), structure.cell.astype(np.float64).ravel()])
+    i, j = np.triu_indices(structure.num_atoms, 1)
+    distances = np.linalg.norm(positions[i] - positions[j], axis=1)
+    pair = np.sort(np.stack([structure.numbers[i], structure.numbers[j]]), axis=0)
+    # One atom has no distances; a constant keeps the vector from being empty.
+    return np.concatenate([[0.0], distances[np.lexsort([distances, pair[1], pair[0]])]])
+
+
+def wrong_unit(
+    labels: NDArray[np.float64], predicted: NDArray[np.float64], counts: NDArray[np.float64], source: str
+) -> list[Finding]:
+    """Name the unit that the labels seem to have, by comparison with predictions in eV; all arrays per structure [M].
+
+    `counts` [M, elements] is the composition. Both energies lose their best fit by composition first, so that only
+    differences between geometries and bonds are compared, which levels of theory share to a few per cent.
+    """
+    if len(labels) < MIN_STRUCTURES:
+        return []
+    y, p = (_without_composition(values, counts) for values in (labels, predicted))
+    if not (p @ p > 0 and y @ y > 0):
+        return []
+    correlation = float(y @ p / np.sqrt((y @ y) * (p @ p)))
+    slope = float(y @ p / (p @ p))
+    for unit, factor in UNIT_FACTORS.items():
+        if correlation > 0.8 and abs(slope / factor - 1) < UNIT_TOLERANCE:
+            message = (
+                f"the energies in {source} look like {unit}, expected eV: they vary {slope:.4g} times as much as "
+                f"predicted (correlation {correlation:.2f}); divide them by {factor:.8g}"
+            )
+            return [Finding("unit", message)]
+    return []
+
+
+def _without_composition(values: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    coefficients = np.linalg.lstsq(counts, values, rcond=None)[0]
+    residual: NDArray[np.float64] = values - counts @ coefficients
+    return residual
+
+
+def energy_outliers(
+    structures: Sequence[Structure], residual_per_atom: NDArray[np.float64], config: ChecksConfig
+) -> list[Finding]:
+    """Name the structures whose residual (label minus parent minus shift, eV/atom) is far from all others'."""
+    if len(structures) < MIN_STRUCTURES:
+        return []
+    z = robust_z(residual_per_atom)
+    outlying = (np.abs(z) > config.outlier_z) & (np.abs(residual_per_atom) > config.outlier_floor)
+    return [
+        Finding(
+            "outlier",
+            f"energy of '{structures[i].key}' is {residual_per_atom[i]:+.3f} eV/atom from what the parent fidelity and "
+            f"the other labels say (robust z-score {z[i]:.0f}, limit {config.outlier_z:g})",
+        )
+        for i in np.flatnonzero(outlying).tolist()
+    ]
+
+
+def robust_z(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the distance from the median in units of the standard deviation estimated from the median deviation."""
+    centred = values - np.median(values)
+    # 1.4826: the normal distribution's standard deviation over its median absolute deviation.
+    spread = 1.4826 * float(np.median(np.abs(centred)))
+    return centred / max(spread, 1e-12)
+
+
+def settle(findings: Sequence[Finding], config: ChecksConfig) -> None:
+    """Raise ValueError with every finding, unless the configuration says to report only."""
+    if findings and config.on_suspicion == "error":
+        shown = "\n  ".join(finding.message for finding in findings[:20])
+        more = f"\n  and {len(findings) - 20} more" if len(findings) > 20 else ""
+        raise ValueError(
+            f"the target set has {len(findings)} suspicious labels; correct them, or pass "
+            f"checks.on_suspicion=report to train on them as they are:\n  {shown}{more}"
+        )

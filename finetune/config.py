@@ -1,0 +1,118 @@
+"""Every setting of a fine-tuning run; the defaults were chosen by the measurements named beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rung.data.fidelity import check_name
+
+Strategy = Literal["full", "adapter", "embedding"]
+AUTO_FOLDS_BELOW = 200  # structures; a smaller set is too small to give some of them away for validation
+AUTO_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How the target structures are divided; groups (molecules) are never divided."""
+
+    folds: int = -1  # k of cross-validation; 0: one held-out validation set; -1: 5 below 200 structures, else 0
+    validation_fraction: float = 0.15
+    test_fraction: float = 0.15  # used only when the data bring no test set of their own and there are no folds
+    max_train: int = 0  # labels used, training and validation together, drawn at random by `seed`; 0: all
+    max_test: int = 500  # test structures evaluated, drawn at random by `seed`; 0: all
+
+
+@dataclass(frozen=True)
+class ChecksConfig:
+    """What counts as suspicious in the target set, and whether it stops the run."""
+
+    on_suspicion: Literal["error", "report"] = "error"
+    duplicate_tolerance: float = 1e-3  # angstrom, between sorted interatomic distances
+    duplicate_energy: float = 1e-3  # eV, between two labels of one geometry
+    outlier_z: float = 15.0  # robust z-score of the residual energy per atom
+    outlier_floor: float = 0.05  # eV/atom; a smaller residual is never an outlier
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop. `learning_rate` 0 takes the strategy's own (adapt.LEARNING_RATES)."""
+
+    optimizer: Literal["soap", "adamw"] = "soap"
+    steps: int = 1000
+    batch_size: int = 16  # target structures per step
+    learning_rate: float = 0.0
+    warmup_steps: int = 20
+    clip: float = 10.0  # largest gradient norm
+    ema: float = 0.98  # decay of the weights' average, which is what is evaluated and saved
+    evaluate_every: int = 50
+    patience: int = 6  # evaluations without a better validation error before the loop stops; 0: never stop
+    l2_pull: float = 1e-3  # strength of the pull to the pretrained weights (L2-SP, arXiv:1802.01483)
+    rank: int = 8  # of the updates of strategy `adapter`
+    energy_weight: float = 1.0
+    forces_weight: float = 1.0  # of target and replay forces, where they are trained on
+    replay_ratio: float = 0.5  # replay structures per target structure
+
+
+@dataclass(frozen=True)
+class ScratchConfig:
+    """The baseline: the same potential from random weights on the same labels; own rate, as nothing is to protect."""
+
+    steps: int = 3000
+    learning_rate: float = 3e-3
+    patience: int = 12
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One run of `rung finetune`; the first three fields have no default."""
+
+    checkpoint: str  # folder, .tar or name of the pretrained checkpoint
+    data: str  # a file that ASE reads, a dataset folder, or `builtin`
+    fidelity: str  # name of the new level of theory
+    method: str = ""  # what the fidelity is, for the checkpoint's registry; a dataset's manifest says it itself
+    basis: str = ""
+    code: str = ""
+    parent: str = ""  # fidelity the new one starts from; empty: the one that fits the labels best
+    strategy: Strategy = "full"
+    test: str = ""  # file or dataset with test structures; a dataset in `data` brings its own
+    out: str = "runs/finetune"
+    use_forces: bool = False  # train on the forces in `data`; otherwise they are only compared with
+    replay: tuple[str, ...] = ()  # DATASET:FIDELITY pairs of the pretraining
+    baseline: Literal["none", "scratch"] = "none"
+    device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
+    seed: int = 0
+    split: SplitConfig = field(default_factory=SplitConfig)
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+
+    def __post_init__(self) -> None:
+        check_name(self.fidelity)
+        training, split = self.training, self.split
+        for name in ("steps", "batch_size", "rank", "evaluate_every", "clip"):
+            if getattr(training, name) <= 0:
+                raise _bad(f"training.{name}", "a positive number", getattr(training, name))
+        for name in ("learning_rate", "warmup_steps", "patience", "l2_pull", "replay_ratio"):
+            if getattr(training, name) < 0:
+                raise _bad(f"training.{name}", "zero or a positive number", getattr(training, name))
+        if not 0 <= training.ema < 1:
+            raise _bad("training.ema", "0 <= ema < 1", training.ema)
+        if split.folds < -1 or split.folds == 1:
+            raise _bad("split.folds", "-1 (automatic), 0 or at least 2", split.folds)
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(split, name) < 0.5:
+                raise _bad(f"split.{name}", "a fraction between 0 and 0.5", getattr(split, name))
+        for task in self.replay:
+            if task.count(":") < 1 or not all(task.rpartition(":")[::2]):
+                raise _bad("replay", "DATASET:FIDELITY", task)
+        if self.replay and self.strategy == "embedding":
+            raise _bad(
+                "replay",
+                "strategy full or adapter: `embedding` trains nothing that other fidelities share",
+                "embedding",
+            )
+
+
+def _bad(name: str, expected: str, found: object) -> ValueError:
+    return ValueError(f"finetune config: {name}: expected {expected}, found {found}")

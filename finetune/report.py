@@ -1,0 +1,125 @@
+"""What a run tells: plain text for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ase.data import chemical_symbols
+
+from rung.finetune.checks import Finding
+from rung.finetune.config import FinetuneConfig
+from rung.finetune.reference import Parent
+
+Errors = Mapping[str, float | None]
+ENERGY, FORCE = "energy_mae_mev_per_atom", "force_mae_mev_per_angstrom"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything measured in a run, before it is formatted."""
+
+    num_train: int  # structures whose labels were used, validation included
+    num_test: int
+    num_folds: int
+    parents: Sequence[Parent]  # best first; the first was taken
+    findings: Sequence[Finding]
+    notes: Sequence[str]
+    before: Errors
+    after: Errors
+    scratch: Errors | None
+    forgetting: Sequence[Mapping[str, Any]]
+    drift: Mapping[str, Mapping[str, float]]
+    histories: Mapping[str, Sequence[Mapping[str, float]]]
+    steps: int  # of the weights that were kept
+    seconds: float
+
+
+def metrics(config: FinetuneConfig, measured: Measured) -> dict[str, Any]:
+    """Return the content of report.json."""
+    parent = measured.parents[0]
+    return {
+        "fidelity": config.fidelity,
+        "strategy": config.strategy,
+        "labels": measured.num_train,
+        "measured_on": measured_on(measured),
+        "target": {"before": dict(measured.before), "after": dict(measured.after)}
+        | ({"scratch": dict(measured.scratch)} if measured.scratch is not None else {}),
+        "parent": parent.fidelity,
+        "parent_candidates": [
+            {"fidelity": p.fidelity, "residual_rms_mev_per_atom": p.shift.rms_mev_per_atom} for p in measured.parents
+        ],
+        "e0_shift_ev": {chemical_symbols[z]: shift for z, shift in parent.shift.per_element.items()},
+        "forgetting": [dict(row) for row in measured.forgetting],
+        "drift": {name: dict(values) for name, values in measured.drift.items()},
+        "findings": [asdict(finding) for finding in measured.findings],
+        "notes": list(measured.notes),
+        "steps": measured.steps,
+        "history": {name: [dict(row) for row in rows] for name, rows in measured.histories.items()},
+        "seconds": measured.seconds,
+    }
+
+
+def measured_on(measured: Measured) -> str:
+    """Return in words which structures the target's errors are of."""
+    if measured.num_test:
+        return f"{measured.num_test} test structures, not trained on"
+    return f"{measured.num_folds}-fold cross-validation (slightly optimistic: it chose the number of steps)"
+
+
+def parents_table(parents: Sequence[Parent]) -> str:
+    """Return how well each candidate parent explains the labels after its shift of the reference energies."""
+    lines = ["parent fidelity, and what it leaves of the labels after the shift of E0 (RMS, meV/atom):"]
+    lines += [
+        f"  {parent.fidelity:<24}{parent.shift.rms_mev_per_atom:10.2f}{'   <- taken' if i == 0 else ''}"
+        for i, parent in enumerate(parents)
+    ]
+    return "\n".join(lines)
+
+
+def text(config: FinetuneConfig, measured: Measured, checkpoint: Path, plots: Sequence[Path]) -> str:
+    """Return the report for the terminal."""
+    target = [("parent + shift of E0", measured.before), (f"fine-tuned ({config.strategy})", measured.after)]
+    if measured.scratch is not None:
+        target.append(("from scratch, same labels", measured.scratch))
+    lines = [
+        f"{config.fidelity}: {measured.num_train} labels, from '{measured.parents[0].fidelity}', "
+        f"{measured.steps} steps, {measured.seconds:.0f} s",
+        "",
+        f"Errors at {config.fidelity}, {measured_on(measured)}",
+        f"  {'':<30}{'energy MAE':>14}{'force MAE':>16}",
+        f"  {'':<30}{'meV/atom':>14}{'meV/angstrom':>16}",
+        *(f"  {name:<30}{_number(errors.get(ENERGY)):>14}{_number(errors.get(FORCE)):>16}" for name, errors in target),
+    ]
+    if measured.forgetting:
+        lines += ["", "Other fidelities, before -> after (what was forgotten)"]
+        lines += [
+            f"  {row['fidelity']:<24}{_change(row, ENERGY)}{_change(row, FORCE)}  {row['set']}"
+            for row in measured.forgetting
+        ]
+    lines += ["", "Drift of the predictions on these structures (RMS)"]
+    for name, moved in measured.drift.items():
+        energy, force = moved["energy_rms_mev_per_atom"], moved["force_rms_mev_per_angstrom"]
+        lines.append(f"  {name:<24}{_number(energy):>8} meV/atom{_number(force):>10} meV/angstrom")
+    lines += ["", *(f"note: {note}" for note in measured.notes)]
+    lines += [f"suspicious, trained on as it is: {finding.message}" for finding in measured.findings]
+    lines += [f"checkpoint: {checkpoint}", *(f"plot: {path}" for path in plots)]
+    return "\n".join(lines)
+
+
+def write(content: Mapping[str, Any], report_text: str, folder: Path) -> None:
+    """Write report.json and report.txt."""
+    (folder / "report.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    (folder / "report.txt").write_text(report_text + "\n")
+
+
+def _change(row: Mapping[str, Any], key: str) -> str:
+    unit = "meV/atom" if key == ENERGY else "meV/angstrom"
+    return f"{_number(row['before'][key]):>9} ->{_number(row['after'][key]):>8} {unit}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,0 +1,167 @@
+"""The pretraining configuration: every number that a user chooses, and nothing that can be derived from another.
+
+`rung.model.config.read_config` fills these frozen dataclasses from YAML and `key=value` words; `plan.py` derives
+the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rung.data.fidelity import check_name
+from rung.model.loss import LossConfig
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One (dataset, fidelity) pair to train on."""
+
+    dataset: str  # folder, path of a dataset.yaml, or `builtin`
+    fidelity: str
+    weight: float | None = None  # share of the structures; None: from label counts and data.temperature
+    energy_weight: float = 1.0  # multiplies loss.energy_weight for this task's structures
+    forces_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_name(self.fidelity)
+        where = f"tasks: {self.dataset}/{self.fidelity}"
+        if self.weight is not None:
+            _require(self.weight > 0, f"{where}: weight", "a positive number", self.weight)
+        for name in ("energy_weight", "forces_weight"):
+            _require(getattr(self, name) >= 0, f"{where}: {name}", "a number >= 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How structures become batches; sizes are per rank."""
+
+    max_atoms: int = 512  # atoms per batch
+    max_edges: int = 8192  # directed edges per batch
+    temperature: float = 2.0  # a task's share is proportional to (its number of labels)^(1/temperature)
+    num_workers: int = 0  # loader processes per stream; 0: batches are made in the training process
+    prefetch: int = 2  # batches prepared ahead by each worker
+    max_bad: int = 0  # corrupt packs tolerated before the run stops
+
+    def __post_init__(self) -> None:
+        for name in ("max_atoms", "max_edges", "prefetch"):
+            _require(getattr(self, name) >= 1, f"data.{name}", "a number >= 1", getattr(self, name))
+        for name in ("num_workers", "max_bad"):
+            _require(getattr(self, name) >= 0, f"data.{name}", "a number >= 0", getattr(self, name))
+        _require(self.temperature >= 1, "data.temperature", "a number >= 1 (inf: all tasks alike)", self.temperature)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, its schedule and where its state lives (DESIGN.md section 8 has the measured reasons)."""
+
+    name: Literal["soap", "adamw"] = "soap"
+    lr: float = 3e-3  # at the end of the warm-up
+    betas: tuple[float, ...] = (0.95, 0.95)
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 1e-6
+    precondition_frequency: int = 10  # steps between two eigenbases (soap)
+    warmup_steps: int = 100
+    final_lr_fraction: float = 0.01  # of lr, at the end of the cosine
+    gradient_clipping: float = 10.0  # largest gradient norm; 0: off
+    zero_stage: int = 0  # 1, 2: optimizer state (and gradients) partitioned over the ranks
+    max_skipped: int = 20  # steps with a loss or gradient that is not finite, before the run stops
+
+    def __post_init__(self) -> None:
+        _require(self.name in ("soap", "adamw"), "optimizer.name", "soap or adamw", self.name)
+        for name in ("lr", "eps"):
+            _require(getattr(self, name) > 0, f"optimizer.{name}", "a positive number", getattr(self, name))
+        betas_fit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(betas_fit, "optimizer.betas", "two numbers in [0, 1)", self.betas)
+        _require(
+            self.precondition_frequency >= 1, "optimizer.precondition_frequency", ">= 1", self.precondition_frequency
+        )
+        _require(
+            0 < self.final_lr_fraction <= 1, "optimizer.final_lr_fraction", "a number in (0, 1]", self.final_lr_fraction
+        )
+        for name in ("weight_decay", "warmup_steps", "gradient_clipping", "max_skipped"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}", "a number >= 0", getattr(self, name))
+        if self.zero_stage == 3:
+            raise ValueError(
+                "optimizer.zero_stage: 3 cannot differentiate forces (DeepSpeed's partitioned parameters fail in the "
+                "double backward); use 0, 1 or 2"
+            )
+        _require(self.zero_stage in (0, 1, 2), "optimizer.zero_stage", "0, 1 or 2", self.zero_stage)
+        if self.name == "soap" and self.zero_stage > 0:
+            raise ValueError(
+                f"optimizer.name: soap needs matrix-shaped parameters and ZeRO stage {self.zero_stage} flattens them; "
+                "set optimizer.zero_stage=0, or optimizer.name=adamw"
+            )
+
+
+@dataclass(frozen=True)
+class ReptileConfig:
+    """The outer loop of `mode: reptile` (arXiv:1803.02999, serial: all ranks train on one task at a time)."""
+
+    inner_steps: int = 8  # optimizer steps on one task, from the shared weights
+    tasks_per_outer: int = 2  # tasks drawn for one outer step
+    outer_rate: float = 1.0  # epsilon in phi <- phi + epsilon * mean(phi_task - phi)
+
+    def __post_init__(self) -> None:
+        for name in ("inner_steps", "tasks_per_outer"):
+            _require(getattr(self, name) >= 1, f"reptile.{name}", "a number >= 1", getattr(self, name))
+        _require(0 < self.outer_rate <= 1, "reptile.outer_rate", "a number in (0, 1]", self.outer_rate)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on unseen structures, with the averaged weights."""
+
+    every: int = 1000  # steps; also measured at the end
+    split: str = "val"
+    max_structures: int = 256  # per task; 0: no evaluation
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "evaluation.every", "a number >= 1", self.every)
+        _require(self.max_structures >= 0, "evaluation.max_structures", "a number >= 0", self.max_structures)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pretraining run."""
+
+    output: str  # folder of the run: state, metrics, checkpoint
+    tasks: list[TaskConfig]
+    steps: int  # optimizer steps
+    mode: Literal["joint", "reptile"] = "joint"
+    seed: int = 0
+    # Fields of rung.model.config.ModelConfig; elements and fidelities come from the tasks' manifests.
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    reptile: ReptileConfig = field(default_factory=ReptileConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    ema_decay: float = 0.995  # of the averaged weights that are evaluated and served; 0: the raw weights
+    log_every: int = 50  # steps
+    save_every: int = 1000  # steps
+    keep_states: int = 2
+    stop_at: int | None = None  # save the state and leave at this step, for queues with short jobs; --resume goes on
+    timeout_minutes: float = 30.0  # a collective that waits longer fails on every rank
+
+    def __post_init__(self) -> None:
+        _require(len(self.tasks) >= 1, "tasks", "at least one", "none")
+        names = [(task.dataset, task.fidelity) for task in self.tasks]
+        _require(len(set(names)) == len(names), "tasks", "distinct (dataset, fidelity) pairs", names)
+        weighted = sum(task.weight is not None for task in self.tasks)
+        _require(weighted in (0, len(names)), "tasks", "a weight for every task or for none", f"{weighted} weights")
+        _require(self.mode in ("joint", "reptile"), "mode", "joint or reptile", self.mode)
+        for name in ("steps", "log_every", "save_every", "keep_states"):
+            _require(getattr(self, name) >= 1, name, "a number >= 1", getattr(self, name))
+        if self.mode == "reptile":
+            drawn = self.reptile.tasks_per_outer
+            _require(
+                drawn <= len(names), "reptile.tasks_per_outer", f"at most the number of tasks, {len(names)}", drawn
+            )
+        _require(0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)", self.ema_decay)
+        _require(self.timeout_minutes > 0, "timeout_minutes", "a positive number", self.timeout_minutes)
+
+
+def _require(true: bool, name: str, expected: str, found: object) -> None:
+    if not true:
+        raise ValueError(f"{name}: expected {expected}, found {found}")

@@ -1,0 +1,33 @@
+"""A polite stop: SIGINT and SIGTERM let the running round finish."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+# EX_TEMPFAIL of sysexits.h: the run is not finished and its state is saved; start it again with --resume.
+EXIT_STOPPED = 75
+
+
+class Interrupt:
+    """Context manager that notes SIGINT and SIGTERM in `requested`, and restores the old handlers at its end.
+
+    Repeated signals change nothing, because launchers pass one Ctrl-C on several times; SIGQUIT ends a process at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,176 @@
+"""Everything that follows from a config and the datasets it names: computed here once, and printed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rung.data.fidelity import Fidelity
+from rung.data.manifest import MANIFEST_FILE, FidelityEntry, Manifest, read_manifest, resolve_dataset
+from rung.data.mixing import Task, label_counts, mixing_weights
+from rung.model.config import ModelConfig, config_from_mapping, to_mapping
+from rung.model.potential import Potential
+from rung.pretrain.config import OptimizerConfig, PretrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The derived numbers of one run on `world` ranks."""
+
+    world: int
+    tasks: tuple[Task, ...]
+    task_names: tuple[str, ...]  # dataset name/fidelity
+    counts: tuple[int, ...]  # labelled training structures of each task
+    model: ModelConfig
+    fidelities: dict[str, Fidelity]
+    e0: dict[str, dict[int, float]]  # fidelity -> atomic number -> eV
+    scale: float  # eV
+    steps_per_round: int  # optimizer steps between two points where state can be saved
+    rounds: int
+    datasets: tuple[dict[str, Any], ...]  # what the checkpoint says about its data
+    deepspeed: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run: the config's, rounded up to whole rounds."""
+        return self.rounds * self.steps_per_round
+
+    @property
+    def fidelity_index(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.model.fidelities)}
+
+
+def make_plan(config: PretrainConfig, world: int) -> Plan:
+    """Derive the plan from the config and the manifests; raise ValueError for what the datasets do not have."""
+    names = [task.dataset for task in config.tasks]
+    manifests = {name: read_manifest(name) for name in dict.fromkeys(names)}
+    entries = [manifests[task.dataset].entry(task.fidelity) for task in config.tasks]
+    plain = [Task(task.dataset, task.fidelity, 1.0, task.energy_weight, task.forces_weight) for task in config.tasks]
+    counts = label_counts(plain)
+    task_names = tuple(f"{manifests[task.dataset].name}/{task.fidelity}" for task in config.tasks)
+    for name, entry, count in zip(task_names, entries, counts, strict=True):
+        if count == 0:
+            raise ValueError(f"task {name}: expected labels in split 'train', found none; leave the task out")
+        if not entry.e0:
+            raise ValueError(f"task {name}: the manifest has no reference energies (E0), so energies have no zero")
+    given = [task.weight for task in config.tasks if task.weight is not None]
+    weights = [weight / sum(given) for weight in given] or mixing_weights(counts, config.data.temperature)
+    reptile = config.mode == "reptile"
+    steps_per_round = config.reptile.inner_steps * config.reptile.tasks_per_outer if reptile else 1
+    tasks = tuple(
+        Task(task.dataset, task.fidelity, weight, task.energy_weight, task.forces_weight)
+        for task, weight in zip(plain, weights, strict=True)
+    )
+    return Plan(
+        world=world,
+        tasks=tasks,
+        task_names=task_names,
+        counts=tuple(counts),
+        model=_model_config(config, list(manifests.values())),
+        fidelities={task.fidelity: entry.descriptor for task, entry in zip(tasks, entries, strict=True)},
+        e0=_reference_energies(tasks, entries),
+        scale=_scale(entries, counts),
+        steps_per_round=steps_per_round,
+        rounds=math.ceil(config.steps / steps_per_round),
+        datasets=tuple(_describe_dataset(name, manifest) for name, manifest in manifests.items()),
+        deepspeed=deepspeed_settings(config.optimizer),
+    )
+
+
+def deepspeed_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """Return DeepSpeed's dictionary.
+
+    Batches are ours, so the batch size is a formality. Clipping is always named, because DeepSpeed clips at 1.0
+    without the key. overlap_comm would reduce gradients in the order of arrival, which may differ between ranks.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+
+
+def make_potential(plan: Plan) -> Potential:
+    """Return the initial potential with its reference energies and scale."""
+    potential = Potential(plan.model)
+    for fidelity, e0 in plan.e0.items():
+        potential.set_reference(fidelity, e0)
+    potential.set_scale(plan.scale)
+    return potential
+
+
+def describe(plan: Plan, config: PretrainConfig) -> str:
+    """Return the plan as the lines that a run prints first."""
+    budget = config.data
+    lines = [
+        f"mode {config.mode}: {plan.steps} optimizer steps in {plan.rounds} rounds of {plan.steps_per_round}, "
+        f"{plan.world} rank(s), batches of at most {budget.max_atoms} atoms and {budget.max_edges} edges per rank",
+        *(
+            f"task {name}: {count} labelled structures, share {task.weight:.3f}"
+            for name, count, task in zip(plan.task_names, plan.counts, plan.tasks, strict=True)
+        ),
+        f"scale {plan.scale:.4f} eV (RMS of the training forces in eV/angstrom)",
+        *(f"E0 {name}: {_energies(e0)}" for name, e0 in plan.e0.items()),
+        f"model {to_mapping(plan.model)}",
+        f"deepspeed {plan.deepspeed}",
+    ]
+    return "\n".join(lines)
+
+
+def _energies(e0: Mapping[int, float]) -> str:
+    from ase.data import chemical_symbols
+
+    return ", ".join(f"{chemical_symbols[number]} {energy:.3f} eV" for number, energy in sorted(e0.items()))
+
+
+def _model_config(config: PretrainConfig, manifests: Sequence[Manifest]) -> ModelConfig:
+    elements = sorted({number for manifest in manifests for number in manifest.elements})
+    fidelities = list(dict.fromkeys(task.fidelity for task in config.tasks))
+    derived = {"elements": elements, "fidelities": fidelities, "seed": config.seed}
+    model = config_from_mapping(ModelConfig, {**derived, **config.model}, "model")
+    missing = [number for number in elements if number not in model.elements]
+    if missing:
+        raise ValueError(
+            f"model.elements: the datasets have atomic numbers {missing} too; leave the key out to derive it"
+        )
+    if set(model.fidelities) != set(fidelities):
+        raise ValueError(f"model.fidelities: expected those of the tasks, {fidelities}, found {list(model.fidelities)}")
+    return model
+
+
+def _reference_energies(tasks: Sequence[Task], entries: Sequence[FidelityEntry]) -> dict[str, dict[int, float]]:
+    """Return E0s per fidelity; where datasets overlap isolated atoms win over fits, then the one with more energies."""
+    e0: dict[str, dict[int, float]] = {task.fidelity: {} for task in tasks}
+
+    def trust(pair: tuple[Task, FidelityEntry]) -> tuple[bool, int]:
+        return pair[1].e0_source == "isolated_atoms", sum(pair[1].num_energies.values())
+
+    for task, entry in sorted(zip(tasks, entries, strict=True), key=trust):
+        e0[task.fidelity].update(entry.e0)
+    return e0
+
+
+def _scale(entries: Sequence[FidelityEntry], counts: Sequence[int]) -> float:
+    """Return the RMS of the training forces; without any forces that of the energies per atom around their mean."""
+    for field in ("force_rms", "energy_std"):
+        known = [(getattr(entry, field), n) for entry, n in zip(entries, counts, strict=True) if getattr(entry, field)]
+        if known:
+            return math.sqrt(sum(n * value**2 for value, n in known) / sum(n for _, n in known))
+    raise ValueError("tasks: the manifests have neither forces nor spread of energies, so there is nothing to learn")
+
+
+def _describe_dataset(name: str, manifest: Manifest) -> dict[str, Any]:
+    digest = hashlib.sha256((resolve_dataset(name) / MANIFEST_FILE).read_bytes()).hexdigest()
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "source": manifest.source,
+        "licence": manifest.licence,
+        "manifest_sha256": digest,
+    }

@@ -1,0 +1,139 @@
+"""Whole runs: joint and Reptile, stopped and resumed, and what the output folder holds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from rung.model.checkpoint import load_checkpoint
+from rung.model.config import read_config
+from rung.pretrain.config import PretrainConfig
+
+pytestmark = [
+    pytest.mark.slow,
+    # DeepSpeed's ZeRO uses parts of torch that this torch deprecates.
+    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.distributed.:FutureWarning"),
+]
+
+MODES = {
+    "joint": ["mode=joint"],
+    "reptile": ["mode=reptile", "reptile={inner_steps: 1, tasks_per_outer: 2, outer_rate: 0.8}"],
+    "zero": ["optimizer={name: adamw, zero_stage: 1, warmup_steps: 2}"],
+}
+
+
+def train(words: Sequence[str], resume: bool = False) -> tuple[bool, list[tuple[str, ...]]]:
+    """Run on this rank; return whether it finished and the keys of every batch."""
+    from rung.pretrain import rounds
+    from rung.pretrain.loop import pretrain
+
+    keys = []
+    next_batch = rounds._next
+
+    def recording(*arguments: Any) -> Any:
+        batch = next_batch(*arguments)
+        keys.append(batch.keys)
+        return batch
+
+    rounds._next = recording
+    return pretrain(read_config(PretrainConfig, None, words), resume=resume), keys
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Weights, averages and streams are equal bit by bit."""
+    assert (first / "latest").read_text() == (second / "latest").read_text()
+    for folder in (first / (first / "latest").read_text().strip()).parent.glob("step_*"):
+        other = second / folder.name
+        for name in ("model.safetensors", "ema.safetensors"):
+            tensors, others = load_file(folder / name), load_file(other / name)
+            assert tensors.keys() == others.keys()
+            assert all(tensors[key].tobytes() == others[key].tobytes() for key in tensors)
+        for path in folder.glob("rank_*.json"):
+            assert path.read_text() == (other / path.name).read_text()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stopped_and_resumed_is_uninterrupted(
+    mode: str, config_words: list[str], run_ranks: Any, tmp_path: Path
+) -> None:
+    words = [*config_words, *MODES[mode]]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = run_ranks(train, 2, [*words, f"output={whole}"])
+    stopped = run_ranks(train, 2, [*words, f"output={parts}", "stop_at=2"])
+    resumed = run_ranks(train, 2, [*words, f"output={parts}"], True)
+    for rank in range(2):
+        assert (expected[rank][0], stopped[rank][0], resumed[rank][0]) == (True, False, True)
+        assert len(stopped[rank][1]) == 2
+        assert stopped[rank][1] + resumed[rank][1] == expected[rank][1]
+    assert expected[0][1] != expected[1][1]
+    assert_same_state(whole / "state", parts / "state")
+    records = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"] == [2, 4, 6]
+
+
+def test_a_killed_run_repeats_its_steps_and_its_records(
+    config_words: list[str], run_ranks: Any, tmp_path: Path
+) -> None:
+    """A run that dies after step 6 goes on from the state of step 4."""
+    words = [*config_words, f"output={tmp_path / 'run'}"]
+    run_ranks(train, 1, words)
+    state = tmp_path / "run" / "state"
+    shutil.copytree(state, tmp_path / "whole")
+    shutil.rmtree(state / "step_000000006")
+    (state / "latest").write_text("step_000000004\n")
+    run_ranks(train, 1, words, True)
+    assert_same_state(tmp_path / "whole", state)
+    rows = list(csv.DictReader((tmp_path / "run" / "train.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["kind"], record["step"]) for record in records].count(("train", 6)) == 1
+
+
+def error_of(words: Sequence[str], resume: bool) -> str:
+    try:
+        train(words, resume)
+    except (ValueError, OSError, FloatingPointError) as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_state_is_refused_when_it_does_not_fit(config_words: list[str], run_ranks: Any, tmp_path: Path) -> None:
+    words = [*config_words, f"output={tmp_path / 'run'}", "optimizer.max_skipped=0"]
+    state = tmp_path / "run" / "state"
+    assert "no state in" in run_ranks(error_of, 1, words, True)[0]
+    run_ranks(train, 1, [*words, "stop_at=2"])
+    assert "holds a run: go on with --resume" in run_ranks(error_of, 1, words, False)[0]
+    assert "optimizer" in run_ranks(error_of, 1, [*words, "optimizer.lr=1"], True)[0]
+    assert "saved by 1 rank(s), found 2" in run_ranks(error_of, 2, words, True)[0]
+    model = state / "step_000000002" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    assert "model.safetensors is damaged" in run_ranks(error_of, 1, words, True)[0]
+    model.unlink()
+    assert "model.safetensors is missing" in run_ranks(error_of, 1, words, True)[0]
+
+
+def test_the_output_is_a_checkpoint_with_its_evaluation(
+    config_words: list[str], run_ranks: Any, tmp_path: Path, dataset: Path
+) -> None:
+    run_ranks(train, 1, [*config_words, f"output={tmp_path / 'run'}"])
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert checkpoint.potential.config.fidelities == ("low", "high")
+    assert checkpoint.info["training"]["steps"] == 6
+    assert checkpoint.info["datasets"][0]["name"] == "emt"
+    assert set(checkpoint.evaluation) == {"emt/low", "emt/high"}
+    assert checkpoint.evaluation["emt/low"]["num_energies"] == 8
+    assert checkpoint.evaluation["emt/high"]["num_energies"] == 6
+    assert checkpoint.raw_state is not None
+    served = checkpoint.potential.state_dict()
+    assert served.keys() == checkpoint.raw_state.keys()
+    assert any(not torch.equal(served[name], raw) for name, raw in checkpoint.raw_state.items())
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
