@@ -154,7 +154,10 @@ def _check_structures(structures: Sequence[Structure], fidelities: Mapping[str, 
             raise ValueError(f"build: fidelity '{name}' is described under another name, '{descriptor.name}'")
     for previous, structure in pairwise(structures):  # sorted: equal keys are neighbours
         if previous.key == structure.key:
-            raise ValueError(f"build: key '{structure.key}' names two structures; keys must be unique in a dataset")
+            raise ValueError(
+                f"build: key '{structure.key}' names two structures, and keys must be unique in a dataset; keys of a "
+                "file's frames begin with its name, so rename one of two files of the same name"
+            )
     for structure in structures:
         validate(structure)
         for fidelity in structure.labels:

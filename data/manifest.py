@@ -74,6 +74,12 @@ class Manifest:
         return [shard for shard in self.shards if shard.split == split]
 
 
+def is_dataset(name_or_path: str | Path) -> bool:
+    """Tell a dataset (its folder, its `dataset.yaml` or `builtin`) from a file of structures."""
+    path = Path(name_or_path)
+    return str(name_or_path) == BUILTIN or path.is_dir() or path.name == MANIFEST_FILE
+
+
 def resolve_dataset(name_or_path: str | Path) -> Path:
     """Return the folder of a dataset given its folder, its `dataset.yaml` or the word `builtin`."""
     path = Path(str(resources.files("rung.data.builtin"))) if str(name_or_path) == BUILTIN else Path(name_or_path)
@@ -105,17 +111,25 @@ def read_manifest(folder: str | Path) -> Manifest:
     if (version := document.pop("format")) != MANIFEST_FORMAT:
         raise ValueError(f"{path}: format {version}, this Rung reads {MANIFEST_FORMAT}; update Rung")
     fidelities = {}
-    for name, entry in document.get("fidelities", {}).items():
+    for name, entry in _mapping(document.get("fidelities", {}), f"{path}: fidelities").items():
         place = f"{path}: fidelities.{name}"
+        entry = _mapping(entry, place)
         descriptor = _build(Fidelity, entry.get("descriptor", {}), f"{place}.descriptor")
         fidelities[name] = _build(FidelityEntry, {**entry, "descriptor": descriptor}, place)
-    shards = [_build(ShardInfo, shard, f"{path}: shards[{i}]") for i, shard in enumerate(document.get("shards", []))]
-    splits = tuple(document.get("splits", ()))
+    shards = [_build(ShardInfo, shard, f"{path}: shards[{i}]") for i, shard in enumerate(document.get("shards") or [])]
+    splits = tuple(document.get("splits") or ())
     return _build(Manifest, {**document, "fidelities": fidelities, "shards": shards, "splits": splits}, str(path))
 
 
-def _build(cls: type[T], values: Mapping[str, Any], source: str) -> T:
+def _mapping(value: Any, source: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{source}: expected a mapping of names to values, found {value!r}")
+    return value
+
+
+def _build(cls: type[T], values: Any, source: str) -> T:
     """Make a dataclass of a mapping; unknown and missing keys are errors naming the key."""
+    values = _mapping(values, source)
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:

@@ -88,7 +88,7 @@ def decode(data: bytes, source: str, fidelity: str | None = None) -> list[Struct
     """
     try:
         arrays = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
         raise ValueError(f"{source}: not a readable pack ({error}); the file is damaged, fetch it again") from error
     _check_version(arrays, source)
     sizes = _check_arrays(arrays, source)
@@ -159,14 +159,17 @@ def _decode_strings(arrays: dict[str, Array], name: str, source: str) -> list[st
     text, offsets = arrays[name].tobytes(), arrays[f"{name}_offsets"].tolist()
     if offsets[0] != 0 or offsets[-1] != len(text) or sorted(offsets) != offsets:
         raise ValueError(f"{source}: {name}_offsets: expected to rise from 0 to {len(text)}, found otherwise")
-    return [text[start:end].decode() for start, end in zip(offsets, offsets[1:], strict=False)]
+    try:
+        return [text[start:end].decode() for start, end in zip(offsets, offsets[1:], strict=False)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: {name}: expected UTF-8 text ({error})") from error
 
 
 def _check_version(arrays: dict[str, Array], source: str) -> None:
     if "pack_version" not in arrays:
         raise ValueError(f"{source}: expected a Rung pack, found a safetensors file without 'pack_version'")
-    if (version := int(arrays["pack_version"][0])) != PACK_VERSION:
-        raise ValueError(f"{source}: pack version {version}, this Rung reads {PACK_VERSION}; update Rung")
+    if (version := arrays["pack_version"].tolist()) != [PACK_VERSION]:
+        raise ValueError(f"{source}: pack version {version}, this Rung reads [{PACK_VERSION}]; update Rung")
 
 
 def _check_arrays(arrays: dict[str, Array], source: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rung.data.manifest import BUILTIN, MANIFEST_FILE, read_manifest, resolve_dataset
+from rung.data.manifest import is_dataset, read_manifest, resolve_dataset
 from rung.data.pack import decode
 from rung.data.reference_energy import check_energies
 from rung.data.shard import read_packs
@@ -22,11 +22,13 @@ def read_any(path: str | Path, fidelity: str | None = None, split: str | None = 
     that composition does not explain are logged, and refused when they can only be a unit error.
     Raises ValueError or FileNotFoundError; never returns an empty list.
     """
-    if str(path) == BUILTIN or Path(path).is_dir() or Path(path).name == MANIFEST_FILE:
+    if is_dataset(path):
         structures = list(read_dataset(path, fidelity, split))
         if not structures:
             raise ValueError(f"{path}: no structure with a label at '{fidelity}' in split '{split}'")
         return structures
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file or dataset")
     if fidelity is None:
         raise ValueError(f"{path}: a file does not say at which fidelity its labels are; name it")
     if split is not None:

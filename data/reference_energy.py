@@ -116,7 +116,8 @@ def check_energies(structures: Sequence[Structure], fidelity: str, limit: float 
             f"{len(extreme)} beyond: {_some(extreme)}; are all energies in eV, of one method and one code?"
         )
     if told:
-        logger.warning("energy.%s: %d outliers (robust z-score over 10): %s", fidelity, len(told), _some(told))
+        message = "energy.%s: %d outliers (robust z-score over %g): %s"
+        logger.warning(message, fidelity, len(told), SUSPICIOUS_Z, _some(told))
 
 
 def _some(texts: Sequence[str], shown: int = 10) -> str:

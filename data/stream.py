@@ -63,7 +63,7 @@ class PackReader:
         self, dataset: str | Path, fidelity: str, split: str, *, max_bad: int = 0, shard_url: str = ""
     ) -> None:
         # Only the user may name a URL or a command: a manifest comes from anywhere and names plain files.
-        self._shard_url = shard_url or f"{resolve_dataset(dataset)}/{{file}}"
+        self._shard_url = shard_url or f"{resolve_dataset(dataset).absolute()}/{{file}}"
         if "{file}" not in self._shard_url:
             raise ValueError(f"shard_url: expected '{{file}}' where the shard's name goes, found '{shard_url}'")
         manifest = read_manifest(dataset)
@@ -176,8 +176,7 @@ class ShardStream:
         'https://host/set/{file}' or 'pipe:aws s3 cp s3://bucket/set/{file} -'.
         Raises ValueError for an unknown fidelity or split, and when there are fewer labels than consumers.
         """
-        if not 0 <= rank < world:
-            raise ValueError(f"stream: rank: expected 0..{world - 1}, found {rank}")
+        _check_rank(rank, world)
         self.rank, self.world, self.seed = rank, world, seed
         self._shuffle = shuffle
         self._reader = PackReader(dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url)
@@ -281,6 +280,11 @@ class ShardStream:
         )
 
 
+def _check_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ValueError(f"stream: rank: expected 0..{world - 1}, found {rank}")
+
+
 def epoch_structures(
     dataset: str | Path,
     fidelity: str,
@@ -295,6 +299,7 @@ def epoch_structures(
 
     Of `world` callers each gets its own structures (maybe none) and together they get all.
     """
+    _check_rank(rank, world)
     reader = PackReader(dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url)
     index = 0
     for structures in reader.read(reader.slots(range(len(reader.shards)))):

@@ -49,6 +49,9 @@ class Structure:
 def validate(structure: Structure) -> None:
     """Raise ValueError naming the structure and the field when a shape, a dtype or a magnitude cannot be right."""
     n = structure.num_atoms
+    if structure.numbers.ndim != 1 or structure.numbers.dtype != np.uint8:
+        found = f"{structure.numbers.dtype} {structure.numbers.shape}"
+        raise _bad(structure, "numbers", "uint8 of one dimension", found)
     if n == 0:
         raise _bad(structure, "numbers", "at least one atom", "none")
     if structure.numbers.min() < 1 or structure.numbers.max() > MAX_ATOMIC_NUMBER:

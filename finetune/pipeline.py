@@ -16,6 +16,7 @@ from rung.finetune.config import FinetuneConfig
 from rung.finetune.recipe import Outcome, Recipe, ScratchRecipe, carry_out
 from rung.finetune.replay import load_replay
 from rung.finetune.save import save
+from rung.kernels.memory import keep_freed_memory
 from rung.model.checkpoint import Checkpoint, load_checkpoint
 from rung.model.config import to_mapping
 
@@ -40,6 +41,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         ValueError: a label is missing or suspicious, a name is unknown, or the set cannot be divided.
     """
     began = time.monotonic()
+    keep_freed_memory()
     source = load_checkpoint(config.checkpoint)
     source.potential.to(choose_device(config.device))
     check_names(config, source)

@@ -8,6 +8,7 @@ Shape legend: E directed edges i <- j, N atoms, C channels, R radial functions, 
 order), l = l_max + 1 degrees, K invariants.
 
     edges.py        Edges, the neighbour graph that the convolution reads
+    memory.py       keep_freed_memory, for the large temporaries of the plain definitions on the CPU
     harmonics.py    the real harmonics as Cartesian tensors, from which the constant tables are made
     edge_basis/     edge vectors -> radial functions and harmonics
     convolution/    edge-aligned convolution of scalars and vectors

@@ -26,13 +26,21 @@ def run_module(module_name: str, prog: str, argv: Sequence[str]) -> int:
         module = importlib.import_module(module_name)
         parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
         module.add_arguments(parser)
-        return int(module.run(parser.parse_args(argv)))
+        return int(module.run(parse(parser, argv)))
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse `argv`, options between key=value words included, which argparse allows only without sub-commands."""
+    try:
+        return parser.parse_intermixed_args(argv)
+    except TypeError:
+        return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

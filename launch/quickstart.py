@@ -1,4 +1,4 @@
-"""Pretrain on the built-in low fidelities, fine-tune on a few energies of a high one, and compare with training from scratch.
+"""Pretrain on the built-in low fidelities, fine-tune on a few energies of a high one, compare with scratch.
 
 Every number is measured in this run. An interrupted run continues where its last saved state was.
 """
@@ -6,13 +6,15 @@ Every number is measured in this run. An interrupted run continues where its las
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rung.pretrain.interrupt import EXIT_STOPPED
 
 METRICS = ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom")
 MAX_LABELS = 200
@@ -21,9 +23,15 @@ MAX_LABELS = 200
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rung quickstart`."""
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
-    parser.add_argument("--fidelity", default="mp2_ccpvdz", help="level of theory to fine-tune to (default: mp2_ccpvdz)")
-    parser.add_argument("--labels", type=int, default=MAX_LABELS, help="energies to fine-tune on (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=2, help="DeepSpeed ranks of the pretraining (default: %(default)s)")
+    parser.add_argument(
+        "--fidelity", default="mp2_ccpvdz", help="level of theory to fine-tune to (default: mp2_ccpvdz)"
+    )
+    parser.add_argument(
+        "--labels", type=int, default=MAX_LABELS, help="energies to fine-tune on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="DeepSpeed ranks of the pretraining (default: %(default)s)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="pretraining settings, such as steps=100")
 
 
@@ -45,15 +53,17 @@ def run(args: argparse.Namespace) -> int:
 def pretrain(folder: Path, ranks: int, overrides: list[str]) -> Path:
     """Pretrain with DeepSpeed on `ranks` local ranks, as a user would from the shell; return the checkpoint.
 
+    An interrupted run goes on; a finished one is measured again from the start.
     Raises ValueError when the training process fails.
     """
-    config = importlib.resources.files("rung.pretrain.configs") / "quickstart.yaml"
-    command = [sys.executable, "-m", "rung.pretrain", str(config), "--ranks", str(ranks), f"output={folder}", *overrides]
-    if (folder / "state" / "latest").exists() and not (folder / "checkpoint").exists():
-        command.append("--resume")
-    print("$ " + " ".join(["rung pretrain", *command[3:]]), flush=True)
-    status = subprocess.run(command, check=False).returncode
-    if status == 130:
+    words = ["quickstart", "--ranks", str(ranks), f"output={folder}", *overrides]
+    if (folder / "checkpoint").exists():
+        shutil.rmtree(folder)
+    elif (folder / "state" / "latest").exists():
+        words.append("--resume")
+    print("$ rung pretrain " + " ".join(words), flush=True)
+    status = subprocess.run([sys.executable, "-m", "rung.pretrain", *words], check=False).returncode
+    if status == EXIT_STOPPED:
         raise KeyboardInterrupt
     if status != 0:
         raise ValueError(f"pretraining ended with status {status}; its messages are above")

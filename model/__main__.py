@@ -7,4 +7,7 @@ from rung.model import cli
 
 parser = argparse.ArgumentParser(prog="python -m rung.model", description=cli.__doc__)
 cli.add_arguments(parser)
-sys.exit(cli.run(parser.parse_args()))
+try:
+    sys.exit(cli.run(parser.parse_args()))
+except (ValueError, FileNotFoundError) as error:
+    parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -14,6 +14,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from rung.data.batch import Budget
+from rung.data.sources.ase_file import charge_and_multiplicity
 from rung.data.structure import Structure
 from rung.model.checkpoint import Checkpoint, load_checkpoint
 from rung.model.predict import choose_fidelity, predict
@@ -93,6 +94,7 @@ def _structure(atoms: Atoms, dtype: np.dtype[Any]) -> Structure:
     """Return the structure in the calculator's own precision, where stored data would be float32."""
     if not np.isfinite(atoms.positions).all():
         raise ValueError(f"positions of '{atoms.symbols}': expected finite numbers; did the dynamics blow up?")
+    charge, multiplicity = charge_and_multiplicity(atoms.info)
     return Structure(
         key=str(atoms.symbols),
         group="",
@@ -100,12 +102,6 @@ def _structure(atoms: Atoms, dtype: np.dtype[Any]) -> Structure:
         positions=atoms.positions.astype(dtype),
         cell=atoms.cell.array.astype(dtype),
         pbc=atoms.pbc,
-        charge=_whole("charge", atoms.info.get("charge", 0)),
-        multiplicity=_whole("multiplicity", atoms.info.get("multiplicity", atoms.info.get("spin", 1))),
+        charge=charge,
+        multiplicity=multiplicity,
     )
-
-
-def _whole(name: str, value: Any) -> int:
-    if int(value) != value:
-        raise ValueError(f"atoms.info: {name}: expected a whole number, found {value!r}")
-    return int(value)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rung.data.fidelity import Fidelity
+from rung.data.shard import tar_bytes, write_beside
 from rung.model.card import model_card
 from rung.model.config import ModelConfig, config_from_mapping, to_mapping
 from rung.model.potential import Potential
@@ -134,13 +134,7 @@ def pack_checkpoint(folder: Path | str) -> Path:
     files = _read_files(folder)
     _verify(files, folder)
     target = folder.with_name(folder.name + ".tar")
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in sorted(files.items()):
-            member = tarfile.TarInfo(f"{folder.name}/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    os.replace(partial, target)
+    write_beside(target, tar_bytes((f"{folder.name}/{name}", data) for name, data in sorted(files.items())))
     return target
 
 
@@ -161,14 +155,22 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         raw_weights=_tensors(files[RAW_WEIGHTS], path / RAW_WEIGHTS) if RAW_WEIGHTS in files else None,
     )
     stored = _upgrade(stored, path)
+    for key in ("model", "fidelities", "datasets", "training"):
+        if key not in stored.info:
+            raise ValueError(f"{path / INFO}: key '{key}' is missing")
     config = config_from_mapping(ModelConfig, stored.info["model"], str(path / INFO))
     potential = Potential(config)
-    potential.to(stored.weights[next(name for name, _ in potential.named_parameters())].dtype)
+    name, parameter = next(potential.named_parameters())
+    potential.to(stored.weights.get(name, parameter).dtype)
     try:
         potential.load_state_dict(stored.weights)
     except RuntimeError as error:
         raise ValueError(f"{path / WEIGHTS}: the weights do not fit the model config in {INFO}: {error}") from error
-    return Checkpoint(potential.eval(), stored.info, json.loads(files[EVALUATION]), stored.raw_weights)
+    try:
+        evaluation = json.loads(files[EVALUATION])
+    except ValueError as error:
+        raise ValueError(f"{path / EVALUATION}: not valid JSON: {error}") from error
+    return Checkpoint(potential.eval(), stored.info, evaluation, stored.raw_weights)
 
 
 def _info(data: bytes, source: Path) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def _read_files(path: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                content = tar.extractfile(member)
+                content = tar.extractfile(member) if member.isreg() else None
                 if content is not None and Path(member.name).name in ours:
                     files[Path(member.name).name] = content.read()
     except tarfile.TarError as error:
@@ -244,7 +246,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     partial.mkdir()
     try:
         for name, data in files.items():
-            (partial / name).write_bytes(data)
+            write_beside(partial / name, data)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)

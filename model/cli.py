@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of errors and, as the last line, the same numbers as JSON (fidelity -> metrics)."""
-    potential = load_checkpoint(args.checkpoint).potential.to(args.device)
+    potential = load_checkpoint(args.checkpoint).potential
+    try:
+        potential.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # torch: an unknown word, or a GPU that is not there
+        raise ValueError(f"device '{args.device}': {str(error).splitlines()[0]}") from error
     structures, fidelities = _read(args, potential)
     results = {fidelity: evaluate(potential, _labelled(structures, fidelity), fidelity) for fidelity in fidelities}
     print(_table(results))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,14 @@ class ModelConfig:
             check_name(name)
         _check_rows("charges", self.charges)
         _check_rows("multiplicities", self.multiplicities)
-        if min(self.multiplicities) < 1:
-            raise _bad("multiplicities", "2S + 1 >= 1", self.multiplicities)
-        for field in ("channels", "num_layers", "num_radial", "cutoff", "fidelity_dim", "readout_hidden"):
-            if getattr(self, field) <= 0:
+        if not all(-128 <= charge <= 127 for charge in self.charges):  # what a Structure may have
+            raise _bad("charges", "-128..127 elementary charges", self.charges)
+        if not all(1 <= multiplicity <= 255 for multiplicity in self.multiplicities):
+            raise _bad("multiplicities", "2S + 1 in 1..255", self.multiplicities)
+        sizes = ("channels", "num_layers", "num_radial", "fidelity_dim", "readout_hidden")
+        for field in (*sizes, "cutoff", "average_neighbours"):
+            if not (0 < getattr(self, field) < math.inf):
                 raise _bad(field, "a positive number", getattr(self, field))
-        if self.average_neighbours <= 0:
-            raise _bad("average_neighbours", "a positive number", self.average_neighbours)
         if self.l_max not in (1, 2, 3):
             raise _bad("l_max", "1, 2 or 3", self.l_max)
         if self.l_hidden not in (0, 1):

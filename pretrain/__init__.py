@@ -10,6 +10,6 @@ In: a config (YAML) that names tasks, datasets' fidelities. Out: a folder with m
     optimizer.py   SOAP and AdamW                 ema.py         averaged weights
     state.py       save and resume, bit-exact     evaluation.py  errors per task on unseen structures
     metrics.py     TensorBoard, CSV, JSONL, bar   interrupt.py   the polite stop
-    launcher.py    --ranks N on this machine      memory.py      allocator setting
+    launcher.py    --ranks N on this machine
     configs/       configs by name
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
+from rung.kernels.memory import keep_freed_memory
 from rung.model.checkpoint import save_checkpoint
 from rung.model.config import to_mapping
 from rung.pretrain.config import PretrainConfig
@@ -12,7 +13,6 @@ from rung.pretrain.ema import Ema
 from rung.pretrain.engine import Engine, connect, disconnect
 from rung.pretrain.evaluation import Evaluation
 from rung.pretrain.interrupt import Interrupt
-from rung.pretrain.memory import keep_freed_memory
 from rung.pretrain.metrics import MetricsWriter
 from rung.pretrain.plan import describe, make_plan, make_potential
 from rung.pretrain.ranks import Ranks

@@ -35,8 +35,13 @@ class Ranks:
         return tensor
 
     def barrier(self) -> None:
-        """Wait for every rank."""
-        self.sum_(torch.zeros(1, device=self.device))
+        """Wait for every rank.
+
+        Not by adding up a tensor: one of Gloo's threads may let go of it only after the last barrier of a run, while the
+        interpreter is being taken down, and then the process aborts.
+        """
+        devices = None if self.device.index is None else [self.device.index]
+        torch.distributed.barrier(self._data_parallel, device_ids=devices)
 
     def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:
         return self._data_parallel

@@ -46,7 +46,7 @@ def read_structures(
         raise FileNotFoundError(f"{path}: no such file; expected extxyz or another file that ASE reads")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; expected at least one frame")
-    missing = {energy_key, forces_key} - {ENERGY_KEY, FORCES_KEY}
+    missing = {energy_key, forces_key, group_key} - {ENERGY_KEY, FORCES_KEY, GROUP_KEY}
     for index, atoms in _frames(path):
         stored = _stored(atoms)
         missing -= stored.keys()
@@ -96,7 +96,7 @@ def _labels(stored: Mapping[str, Any], energy_key: str, forces_key: str) -> Labe
             f"or 'forces'), found {_names(stored)}"
         )
     if energy is not None and not isinstance(energy, (int, float, np.integer, np.floating)):
-        raise ValueError(f"{energy_key}: expected one number in eV, found {energy!r}")
+        raise ValueError(f"{keys[0]}: expected one number in eV, found {energy!r}")
     return Labels(
         energy=None if energy is None else float(energy),
         forces=None if forces is None else np.asarray(forces, np.float32),
@@ -119,24 +119,33 @@ def _full_stress(stress: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def _structure(atoms: Atoms, key: str, group_key: str, labels: dict[str, Labels]) -> Structure:
-    info = atoms.info
-    if "multiplicity" in info and "spin" in info and info["multiplicity"] != info["spin"]:
-        raise ValueError(f"multiplicity {info['multiplicity']} and spin {info['spin']} differ; both mean 2S + 1")
+    charge, multiplicity = charge_and_multiplicity(atoms.info)
     periodic = bool(atoms.pbc.any())
     return Structure(
         key=key,
-        group=str(info.get(group_key, atoms.get_chemical_formula())),
+        group=str(atoms.info.get(group_key, atoms.get_chemical_formula())),
         numbers=atoms.numbers.astype(np.uint8),
         positions=atoms.positions.astype(np.float32),
         cell=np.asarray(atoms.cell.array if periodic else np.zeros((3, 3)), np.float32),
         pbc=np.asarray(atoms.pbc, np.bool_),
-        charge=_whole(info.get("charge", 0), "charge"),
-        multiplicity=_whole(info.get("multiplicity", info.get("spin", 1)), "multiplicity"),
+        charge=charge,
+        multiplicity=multiplicity,
         labels=labels,
     )
 
 
+def charge_and_multiplicity(info: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the charge (default 0) and the spin multiplicity (2S + 1, default 1) that `atoms.info` states.
+
+    Raises ValueError for a value that is no whole number, and for `multiplicity` and `spin` that differ.
+    """
+    if "multiplicity" in info and "spin" in info and info["multiplicity"] != info["spin"]:
+        raise ValueError(f"multiplicity {info['multiplicity']} and spin {info['spin']} differ; both mean 2S + 1")
+    multiplicity = info.get("multiplicity", info.get("spin", 1))
+    return _whole(info.get("charge", 0), "charge"), _whole(multiplicity, "multiplicity")
+
+
 def _whole(value: Any, name: str) -> int:
-    if float(value) != int(value):
+    if not isinstance(value, (int, float, np.integer, np.floating)) or not float(value).is_integer():
         raise ValueError(f"{name}: expected a whole number, found {value!r}")
     return int(value)

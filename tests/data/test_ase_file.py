@@ -37,8 +37,17 @@ def test_reads_both_common_pairs_of_keys(tmp_path: Path, energy: str, forces: st
 
 
 def test_own_keys(tmp_path: Path) -> None:
-    (structure,) = read(tmp_path, frame("ccsd", "mp2_forces"), energy_key="ccsd", forces_key="none")
+    (structure,) = read(tmp_path, frame("ccsd", "mp2_forces"), energy_key="ccsd")
     assert structure.labels["pbe"].energy == -31.0 and structure.labels["pbe"].forces is None
+    both = frame("REF_energy=-1.0 energy", "forces")  # what ASE moves to its calculator, asked for by name
+    (structure,) = read(tmp_path, both, energy_key="energy", forces_key="forces")
+    assert structure.labels["pbe"].energy == -31.0 and structure.labels["pbe"].forces is not None
+
+
+@pytest.mark.parametrize("key", ["energy_key", "forces_key", "group_key"])
+def test_a_key_that_no_frame_has_is_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="no frame has mistyped; the last one has REF_energy, REF_forces"):
+        read(tmp_path, frame() + frame(), **{key: "mistyped"})
 
 
 def test_labels_of_two_sources_are_never_mixed(tmp_path: Path) -> None:
@@ -73,6 +82,7 @@ def test_a_periodic_cell_with_stress_written_by_ase(tmp_path: Path) -> None:
         (frame().replace("1 0 0\n", "900 0 0\n"), "forces.pbe: expected |F| <= 300 eV/angstrom, found 900"),
         (frame(extra="spin=1 multiplicity=3"), "multiplicity 3 and spin 1 differ"),
         (frame(extra="charge=0.5"), "charge: expected a whole number, found"),
+        (frame(extra="spin=high"), "multiplicity: expected a whole number, found 'high'"),
         (
             "1\nProperties=species:S:1:pos:R:3:REF_forces:R:2\nH 0 0 0 1 1\n",
             "frame 0: structure 'mine-000000': REF_forces",

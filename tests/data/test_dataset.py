@@ -106,6 +106,14 @@ class TestShards:
         with pytest.raises(ValueError, match=rf"evil.tar: member '{re.escape(name)}': expected a relative name"):
             list(read_packs(path))
 
+    def test_a_link_in_a_shard_is_refused(self, tmp_path: Path) -> None:
+        link = tarfile.TarInfo("train-000000.safetensors")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+            tar.addfile(link)
+        with pytest.raises(ValueError, match="evil.tar: member 'train-000000.safetensors': expected a regular file"):
+            list(read_packs(tmp_path / "evil.tar"))
+
     def test_coincident_atoms_are_named(self, tmp_path: Path) -> None:
         twice = Structure("twin", "g", np.array([1, 1], np.uint8), np.zeros((2, 3), np.float32))
         with pytest.raises(ValueError, match="structure 'twin': positions: atoms"):
@@ -250,6 +258,7 @@ class TestManifest:
             ("doi: ''\n", "", "key 'doi' is missing"),
             ("file: train-000000.tar", "file: ../train-000000.tar", "expected the plain name of a .tar file"),
             ("name: clusters", "name: [", "not readable YAML"),
+            ("fidelities:", "fidelities: 3\nelsewhere:", "fidelities: expected a mapping of names to values, found 3"),
         ],
     )
     def test_names_what_is_wrong(self, tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -285,6 +294,8 @@ class TestRead:
     def test_a_file_needs_a_fidelity_and_has_no_split(self, tmp_path: Path) -> None:
         (tmp_path / "h.xyz").write_text("1\nProperties=species:S:1:pos:R:3 REF_energy=-13.6\nH 0 0 0\n")
         assert read_any(tmp_path / "h.xyz", "pbe")[0].labels["pbe"].energy == -13.6
+        with pytest.raises(FileNotFoundError, match="h.xzy: no such file or dataset"):
+            read_any(tmp_path / "h.xzy")
         with pytest.raises(ValueError, match="does not say at which fidelity its labels are; name it"):
             read_any(tmp_path / "h.xyz")
         with pytest.raises(ValueError, match="a file has no splits, so 'val' cannot be selected"):

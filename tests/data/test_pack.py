@@ -84,13 +84,16 @@ def test_damaged_bytes_name_their_source() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("pack_version", np.array([9], np.uint8), "pack version 9, this Rung reads 1; update Rung"),
+        ("pack_version", np.array([9], np.uint8), r"pack version \[9\], this Rung reads \[1\]; update Rung"),
+        ("pack_version", np.zeros(0, np.uint8), r"pack version \[\], this Rung reads \[1\]; update Rung"),
         ("pack_version", None, "found a safetensors file without 'pack_version'"),
         ("positions", None, "array 'positions' is missing"),
         ("positions", np.zeros((2, 3), np.float32), r"positions: expected float32 \(1, 3\), found float32 \(2, 3\)"),
         ("energy.pbe", np.zeros(1, np.float32), r"energy.pbe: expected float64 \(1,\), found float32"),
         ("num_atoms", np.array([0], np.int32), "num_atoms: expected at least one"),
         ("key_offsets", np.array([0, 7], np.int64), "key_offsets: expected to rise from 0 to 1"),
+        ("key", np.array([255], np.uint8), "test: key: expected UTF-8 text"),
+        ("num_atoms", np.array([[1]], np.int32), r"num_atoms: expected int32 \(1,\), found int32 \(1, 1\)"),
         ("colour", np.zeros(1, np.float32), "array 'colour' is not one that this Rung knows"),
     ],
 )

@@ -28,6 +28,7 @@ def test_a_molecule_and_a_cell_are_valid() -> None:
     [
         ({"numbers": np.zeros(0, np.uint8)}, "'water-0': numbers: expected at least one atom, found none"),
         ({"numbers": np.array([8, 0, 1], np.uint8)}, "numbers: expected atomic numbers 1..118, found 0..8"),
+        ({"numbers": np.array([8, 1, 1])}, "numbers: expected uint8 of one dimension, found int64 (3,)"),
         ({"positions": np.zeros((2, 3), np.float32)}, "positions: expected shape (3, 3), found shape (2, 3)"),
         ({"positions": np.zeros((3, 3))}, "positions: expected dtype float32, found dtype float64"),
         ({"positions": np.full((3, 3), np.inf, np.float32)}, "positions: expected finite values, found 9"),

@@ -125,8 +125,12 @@ def test_what_it_does_not_know_is_named(checkpoint: Checkpoint, ethanol: Atoms) 
     with pytest.raises(ValueError, match="structure 'Au': fidelity 'low' was not trained on Au"):
         Atoms("Au", calculator=ethanol.calc).get_potential_energy()
     ethanol.info["charge"] = 0.5
-    with pytest.raises(ValueError, match="atoms.info: charge: expected a whole number, found 0.5"):
+    with pytest.raises(ValueError, match="charge: expected a whole number, found 0.5"):
         ethanol.get_potential_energy()
+    ethanol.info.update(charge=0, multiplicity=1, spin=3)
+    with pytest.raises(ValueError, match="multiplicity 1 and spin 3 differ"):
+        ethanol.get_potential_energy()
+    del ethanol.info["spin"]
     ethanol.info["charge"] = 5
     with pytest.raises(ValueError, match="charge 5 is not known; known charges: 0, 1"):
         ethanol.get_potential_energy()

@@ -178,6 +178,25 @@ def test_weights_of_another_model_are_named(tmp_path: Path, potential: Potential
         load_checkpoint(folder)
 
 
+def test_what_is_missing_inside_a_file_is_named(tmp_path: Path, potential: Potential) -> None:
+    folder = save(tmp_path / "model", potential)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["embedding.element_SC"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    sign_again(folder)
+    with pytest.raises(ValueError, match=r"(?s)do not fit the model config.*embedding.element_SC"):
+        load_checkpoint(folder)
+    (folder / "evaluation.json").write_text("{")
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(potential.state_dict()))
+    sign_again(folder)
+    with pytest.raises(ValueError, match="evaluation.json: not valid JSON"):
+        load_checkpoint(folder)
+    (folder / "rung.yaml").write_text("format_version: 1\n")
+    sign_again(folder)
+    with pytest.raises(ValueError, match="rung.yaml: key 'model' is missing"):
+        load_checkpoint(folder)
+
+
 def test_unlisted_weights_are_refused(tmp_path: Path, potential: Potential) -> None:
     folder = save(tmp_path / "model", potential)
     (folder / "raw.safetensors").write_bytes((folder / "model.safetensors").read_bytes())

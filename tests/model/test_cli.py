@@ -109,3 +109,7 @@ def test_bad_input_is_named(tmp_path: Path, data: Path, make_potential: Callable
         run(checkpoint, data, "--fidelity", "high")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(tmp_path / "nowhere", data)
+    with pytest.raises(FileNotFoundError, match="nothing.xyz: no such file or dataset"):
+        run(checkpoint, tmp_path / "nothing.xyz")
+    with pytest.raises(ValueError, match="device 'gpu': "):
+        run(checkpoint, data, "--fidelity", "low", "--device", "gpu")
