@@ -59,7 +59,7 @@ def build_dataset(
     structures = sorted(structures, key=lambda s: (hashlib.blake2b(s.key.encode()).digest(), s.key))
     _check_structures(structures, fidelities)
     if sort_by_labels:
-        structures.sort(key=lambda s: sorted(s.labels))
+        structures.sort(key=lambda s: (-len(s.labels), sorted(s.labels)))  # the sparse fidelities fill the same packs
     by_split = _split(structures, split)
     entries = {
         fidelity: describe_fidelity(by_split, descriptor, (e0 or {}).get(fidelity))
@@ -140,7 +140,8 @@ def _energy_statistics(chosen: Sequence[Structure], name: str, known_e0: Mapping
         "e0": e0,
         "e0_source": "least_squares" if known_e0 is None else "isolated_atoms",
         "e0_residual": round(float(np.sqrt(np.mean(residual**2))), _DIGITS),
-        "e0_note": fit.note if known_e0 is None else "",
+        "e0_fit": fitted,
+        "e0_note": fit.note,
         "energy_mean": round(float(residual.mean()), _DIGITS),
         "energy_std": round(float(residual.std()), _DIGITS),
     }

@@ -42,15 +42,21 @@ def neighbour_graph(
     """Return every pair of atoms closer than `cutoff`.
 
     positions [n, 3] and cell [3, 3] (rows are lattice vectors) are in angstrom, pbc is bool [3], cutoff in angstrom.
-    Raises ValueError when the cut-off is not positive or two atoms share one position.
+    Raises ValueError when the cut-off is not positive, there is no atom, two atoms share one position, or the lattice
+    vectors of the periodic directions are not independent.
     """
+    if len(positions) == 0:
+        raise ValueError("positions: expected at least one atom, found none")
     if not cutoff > 0:
         raise ValueError(f"cutoff: expected a positive length in angstrom, found {cutoff}")
     # One thread: the list is small, and the loader's workers share the cores with training.
     neighbours = NeighborList(cutoff=cutoff, full_list=True, sorted=False, n_threads=1)
-    pairs, shift, distance = neighbours.compute(
-        positions.astype(np.float64), cell.astype(np.float64), pbc, "PSd", copy=False
-    )
+    try:
+        pairs, shift, distance = neighbours.compute(
+            positions.astype(np.float64), cell.astype(np.float64), pbc, "PSd", copy=False
+        )
+    except RuntimeError as error:
+        raise ValueError(f"cell: {error}; expected independent lattice vectors, found {cell.tolist()}") from error
     i, j = pairs.astype(np.int32).T
     if len(distance) and distance.min() == 0.0:
         edge = int(distance.argmin())

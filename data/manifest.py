@@ -37,7 +37,8 @@ class FidelityEntry:
     e0: dict[int, float] = dataclasses.field(default_factory=dict)  # atomic number -> eV; empty without energies
     e0_source: Literal["isolated_atoms", "least_squares", "none"] = "none"
     e0_residual: float | None = None  # eV/atom, RMS of what the E0s leave
-    e0_note: str = ""  # what the compositions leave undetermined
+    e0_fit: dict[int, float] = dataclasses.field(default_factory=dict)  # least squares over the compositions, eV
+    e0_note: str = ""  # what the compositions leave undetermined in e0_fit
     energy_mean: float | None = None  # eV/atom, of E - sum E0
     energy_std: float | None = None  # eV/atom, of E - sum E0
     force_rms: float | None = None  # eV/angstrom, over Cartesian components

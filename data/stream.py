@@ -177,6 +177,8 @@ class ShardStream:
         Raises ValueError for an unknown fidelity or split, and when there are fewer labels than consumers.
         """
         _check_rank(rank, world)
+        if seed < 0:
+            raise ValueError(f"stream: seed: expected a whole number >= 0, found {seed}")
         self.rank, self.world, self.seed = rank, world, seed
         self._shuffle = shuffle
         self._reader = PackReader(dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url)

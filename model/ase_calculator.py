@@ -87,7 +87,7 @@ class RungCalculator(Calculator):
             "forces": prediction.forces,
         }
         if prediction.stress is not None:
-            self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress)  # type: ignore[no-untyped-call]
+            self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress)
 
 
 def _structure(atoms: Atoms, dtype: np.dtype[Any]) -> Structure:

@@ -39,12 +39,12 @@ class ElementGroups(NamedTuple):
         counts = torch.bincount(element_N, minlength=num_elements).tolist()
         return cls(element_N.argsort(stable=True), counts)
 
-    def linear(self, x_NC: Tensor, weight_SCD: Tensor) -> Tensor:
-        """Return x @ weight of each atom's element [N, D]; an element without atoms costs nothing."""
-        groups = x_NC.index_select(0, self.order_N).split(self.counts)
-        pairs = zip(groups, weight_SCD.unbind(), strict=True)
-        product_ND = torch.cat([group @ weight_CD for group, weight_CD in pairs if len(group)])
-        return torch.empty_like(product_ND).index_copy(0, self.order_N, product_ND)
+    def linear(self, x_NC: Tensor, weight_SCC: Tensor) -> Tensor:
+        """Return x @ weight of each atom's element [N, C]; an element without atoms costs nothing."""
+        groups = x_NC.index_select(0, self.order_N).split_with_sizes(self.counts)
+        pairs = zip(groups, weight_SCC.unbind(), strict=True)
+        product_NC = torch.cat([group_nC @ weight_CC for group_nC, weight_CC in pairs if len(group_nC)])
+        return torch.empty_like(product_NC).index_copy(0, self.order_N, product_NC)
 
 
 class Dense(nn.Module):

@@ -71,7 +71,7 @@ def make_plan(config: PretrainConfig, world: int) -> Plan:
         counts=tuple(counts),
         model=_model_config(config, list(manifests.values())),
         fidelities={task.fidelity: entry.descriptor for task, entry in zip(tasks, entries, strict=True)},
-        e0=_reference_energies(tasks, entries),
+        e0=_reference_energies(tasks, entries, config.reference_energies),
         scale=_scale(entries, counts),
         steps_per_round=steps_per_round,
         rounds=math.ceil(config.steps / steps_per_round),
@@ -116,7 +116,10 @@ def describe(plan: Plan, config: PretrainConfig) -> str:
             for name, count, task in zip(plan.task_names, plan.counts, plan.tasks, strict=True)
         ),
         f"scale {plan.scale:.4f} eV (RMS of the training forces in eV/angstrom)",
-        *(f"E0 {name}: {_energies(e0)}" for name, e0 in plan.e0.items()),
+        *(
+            f"E0 {name} ({config.reference_energies.replace('_', ' ')}): {_energies(e0)}"
+            for name, e0 in plan.e0.items()
+        ),
         f"model {to_mapping(plan.model)}",
         f"deepspeed {plan.deepspeed}",
     ]
@@ -144,15 +147,19 @@ def _model_config(config: PretrainConfig, manifests: Sequence[Manifest]) -> Mode
     return model
 
 
-def _reference_energies(tasks: Sequence[Task], entries: Sequence[FidelityEntry]) -> dict[str, dict[int, float]]:
-    """Return E0s per fidelity; where datasets overlap isolated atoms win over fits, then the one with more energies."""
+def _reference_energies(
+    tasks: Sequence[Task], entries: Sequence[FidelityEntry], source: str
+) -> dict[str, dict[int, float]]:
+    """Return E0s per fidelity; where datasets overlap, those of the one with more energies win."""
     e0: dict[str, dict[int, float]] = {task.fidelity: {} for task in tasks}
-
-    def trust(pair: tuple[Task, FidelityEntry]) -> tuple[bool, int]:
-        return pair[1].e0_source == "isolated_atoms", sum(pair[1].num_energies.values())
-
-    for task, entry in sorted(zip(tasks, entries, strict=True), key=trust):
-        e0[task.fidelity].update(entry.e0)
+    pairs = zip(tasks, entries, strict=True)
+    for task, entry in sorted(pairs, key=lambda pair: sum(pair[1].num_energies.values())):
+        if source == "isolated_atoms" and entry.e0_source != source:
+            raise ValueError(
+                f"reference_energies: {task.dataset}/{task.fidelity} has no isolated-atom energies in its manifest; "
+                "use reference_energies=least_squares"
+            )
+        e0[task.fidelity].update(entry.e0 if source == "isolated_atoms" else entry.e0_fit)
     return e0
 
 

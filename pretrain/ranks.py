@@ -37,8 +37,8 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for every rank.
 
-        Not by adding up a tensor: one of Gloo's threads may let go of it only after the last barrier of a run, while the
-        interpreter is being taken down, and then the process aborts.
+        Not by adding up a tensor: one of Gloo's threads may let go of it only after the last barrier of a run, while
+        the interpreter is being taken down, and then the process aborts.
         """
         devices = None if self.device.index is None else [self.device.index]
         torch.distributed.barrier(self._data_parallel, device_ids=devices)

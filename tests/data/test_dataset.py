@@ -148,6 +148,8 @@ class TestBuild:
     def test_isolated_atom_energies_are_kept(self, tmp_path: Path) -> None:
         entry = build(tmp_path, e0={"ccsdt": E0}).entry("ccsdt")
         assert (entry.e0, entry.e0_source) == (E0, "isolated_atoms")
+        # What the atoms' binding adds per atom, -0.5 eV here, is part of the fit by composition.
+        assert entry.e0_fit == pytest.approx({z: e0 - 0.5 for z, e0 in E0.items()}, abs=0.3)
         assert entry.energy_mean == pytest.approx(-0.5, abs=0.1)
 
     def test_a_stratified_split(self, tmp_path: Path) -> None:

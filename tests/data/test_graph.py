@@ -68,6 +68,13 @@ def test_coincident_atoms_are_an_error() -> None:
         graph_of(atoms, 3.0)
 
 
+def test_no_atoms_and_a_flat_cell_are_errors() -> None:
+    with pytest.raises(ValueError, match="positions: expected at least one atom, found none"):
+        graph_of(ase.Atoms(), 3.0)
+    with pytest.raises(ValueError, match="cell: .*expected independent lattice vectors, found"):
+        graph_of(ase.Atoms("H", cell=[3, 3, 0], pbc=True), 3.0)
+
+
 def test_cutoff_must_be_positive() -> None:
     with pytest.raises(ValueError, match="cutoff: expected a positive length"):
         graph_of(molecule("H2O"), 0.0)

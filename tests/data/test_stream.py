@@ -218,6 +218,10 @@ def test_unknown_names_are_errors(many_packs: Path) -> None:
         ShardStream(many_packs, "low", "dev", seed=0)
     with pytest.raises(ValueError, match="rank: expected 0..1, found 2"):
         ShardStream(many_packs, "low", seed=0, rank=2, world=2)
+    with pytest.raises(ValueError, match="rank: expected 0..1, found 2"):
+        next(epoch_structures(many_packs, "low", "val", rank=2, world=2))
+    with pytest.raises(ValueError, match="seed: expected a whole number >= 0, found -1"):
+        ShardStream(many_packs, "low", seed=-1)
 
 
 def test_evaluation_sees_every_structure_once(many_packs: Path) -> None:

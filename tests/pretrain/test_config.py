@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rung.data.manifest import read_manifest
 from rung.model.config import read_config, to_yaml
 from rung.pretrain.config import OptimizerConfig, PretrainConfig
-from rung.pretrain.plan import make_plan, make_potential
+from rung.pretrain.plan import Plan, make_plan, make_potential
 from rung.pretrain.schedule import draw_tasks, learning_rate
 
 MINIMAL = ["output=out", "steps=10", "tasks=[{dataset: builtin, fidelity: low}, {dataset: builtin, fidelity: high}]"]
@@ -85,6 +86,19 @@ def test_plan_refuses_what_the_datasets_lack(config_words: list[str], dataset: P
         plan("model.fidelities=[low, high, other]")
     with pytest.raises(ValueError, match="did you mean 'channels'"):
         plan("model.chanels=3")
+
+
+def test_reference_energies_are_the_fit_or_those_of_atoms(config_words: list[str], dataset: Path) -> None:
+    def plan(*words: str) -> Plan:
+        return make_plan(read_config(PretrainConfig, None, [*config_words, "output=out", *words]), world=1)
+
+    assert plan().e0["low"] == read_manifest(dataset).entry("low").e0_fit
+    with pytest.raises(ValueError, match="has no isolated-atom energies in its manifest"):
+        plan("reference_energies=isolated_atoms")
+    builtin = "tasks=[{dataset: builtin, fidelity: gfn2_xtb}]"
+    assert plan(builtin, "reference_energies=isolated_atoms").e0 == {
+        "gfn2_xtb": read_manifest("builtin").entry("gfn2_xtb").e0
+    }
 
 
 def test_learning_rate_warms_up_and_ends_at_its_fraction() -> None:
