@@ -71,6 +71,15 @@ def test_outliers_survive_a_fit_that_they_bend() -> None:
     assert [outlier.index for outlier in outliers(numbers, values)] == wrong
 
 
+def test_the_z_score_is_in_standard_deviations_of_normal_noise() -> None:
+    numbers = compositions(400)
+    values = energies(numbers, noise=0.5)
+    assert outliers(numbers, values) == []
+    values[5] += len(numbers[5]) * 0.5 * 20
+    (outlier,) = outliers(numbers, values)
+    assert outlier.index == 5 and outlier.z == pytest.approx(20, abs=4)
+
+
 def test_tiny_sets_say_nothing() -> None:
     numbers = compositions(10)
     values = energies(numbers)

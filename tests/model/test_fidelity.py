@@ -64,6 +64,21 @@ def test_stacked_parameters_have_one_row_for_each_fidelity(
 
 
 @pytest.mark.parametrize("conditioning", ["film", "heads"])
+def test_a_row_of_each_stacked_parameter_changes_its_own_fidelity_only(
+    make_potential: Make, molecules: list[Structure], conditioning: str
+) -> None:
+    potential = make_potential(conditioning=conditioning).double()
+    batches = [to_batch(potential, molecules, name) for name in ("low", "high")]
+    for name, parameter in potential.fidelity_parameters():
+        before = [potential(batch).forces for batch in batches]
+        with torch.no_grad():
+            parameter[1] += 0.5
+        after = [potential(batch).forces for batch in batches]
+        assert torch.equal(after[0], before[0]), name
+        assert (after[1] - before[1]).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("conditioning", ["film", "heads"])
 def test_fidelities_differ_once_their_rows_do(
     make_potential: Make, molecules: list[Structure], conditioning: str
 ) -> None:
