@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,8 @@ def build_dataset(
     FileExistsError when the folder holds a dataset and `overwrite` is false. The manifest is written last.
     """
     check_name(name)
+    if (folder / MANIFEST_FILE).is_file() and not overwrite:
+        raise FileExistsError(f"{folder} already holds a dataset; choose another folder or pass overwrite")
     structures = sorted(structures, key=lambda s: (hashlib.blake2b(s.key.encode()).digest(), s.key))
     _check_structures(structures, fidelities)
     if sort_by_labels:
@@ -69,10 +73,14 @@ def build_dataset(
         raise unknown_fidelity(unknown, fidelities)
     for fidelity in fidelities:
         check_energies(structures, fidelity, max_energy_deviation)
-    _clear(folder, overwrite)
     shards: list[ShardInfo] = []
-    for part, members in by_split.items():
-        shards += write_shards(members, folder, part, pack_atoms=pack_atoms, shard_bytes=shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".building-", dir=folder) as beside:  # a failure leaves the old dataset whole
+        for part, members in by_split.items():
+            shards += write_shards(members, Path(beside), part, pack_atoms=pack_atoms, shard_bytes=shard_bytes)
+        _clear(folder)
+        for shard in shards:
+            os.replace(Path(beside) / shard.file, folder / shard.file)
     elements: Counter[int] = Counter()
     for structure in structures:
         elements.update(structure.numbers.tolist())
@@ -188,12 +196,10 @@ def _split(
     return {part: members for part, members in parts.items() if members}
 
 
-def _clear(folder: Path, overwrite: bool) -> None:
+def _clear(folder: Path) -> None:
     """Remove the dataset that `folder` holds, manifest first, so that no manifest ever describes missing shards."""
     if not (folder / MANIFEST_FILE).is_file():
         return
-    if not overwrite:
-        raise FileExistsError(f"{folder} already holds a dataset; choose another folder or pass overwrite")
     shards = read_manifest(folder).shards
     (folder / MANIFEST_FILE).unlink()
     for shard in shards:

@@ -197,6 +197,17 @@ class TestBuild:
         build(tmp_path, split=SplitFractions(1, 0, 0), overwrite=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.yaml", "train-000000.tar"]
 
+    def test_a_failed_replacement_leaves_the_old_dataset(self, tmp_path: Path) -> None:
+        build(tmp_path)
+        first = make_structures()[0]
+        collapsed = replace(first, key="collapsed", positions=np.zeros_like(first.positions))
+        with pytest.raises(
+            ValueError, match="'collapsed'"
+        ):  # found when its edges are counted, in the middle of writing
+            build(tmp_path, [*make_structures(), collapsed], overwrite=True)
+        assert verify(tmp_path) == []
+        assert not list(tmp_path.glob(".building-*"))
+
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
