@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rung.pretrain.interrupt import EXIT_STOPPED
+from rung.pretrain.interrupt import EXIT_STOPPED, Interrupt
 
 METRICS = ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom")
 MAX_LABELS = 200
@@ -62,8 +62,10 @@ def pretrain(folder: Path, ranks: int, overrides: list[str]) -> Path:
     elif (folder / "state" / "latest").exists():
         words.append("--resume")
     print("$ rung pretrain " + " ".join(words), flush=True)
-    status = subprocess.run([sys.executable, "-m", "rung.pretrain", *words], check=False).returncode
-    if status == EXIT_STOPPED:
+    with Interrupt() as interrupt:  # Ctrl-C reaches the training process too, which saves its state and ends by itself
+        status = subprocess.run([sys.executable, "-m", "rung.pretrain", *words], check=False).returncode
+    if status == EXIT_STOPPED or interrupt.requested:
+        print("stopped: the same command goes on from the last saved state")
         raise KeyboardInterrupt
     if status != 0:
         raise ValueError(f"pretraining ended with status {status}; its messages are above")
