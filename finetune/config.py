@@ -39,14 +39,15 @@ class TrainingConfig:
     """The loop. `learning_rate` 0 takes the strategy's own (adapt.LEARNING_RATES)."""
 
     optimizer: Literal["soap", "adamw"] = "soap"
-    steps: int = 1000
-    batch_size: int = 16  # target structures per step
+    steps: int = 400
+    batch_size: int = 32  # target structures per step
     learning_rate: float = 0.0
     warmup_steps: int = 20
     clip: float = 10.0  # largest gradient norm
     ema: float = 0.98  # decay of the weights' average, which is what is evaluated and saved
-    evaluate_every: int = 50
-    patience: int = 6  # evaluations without a better validation error before the loop stops; 0: never stop
+    evaluate_every: int = 20
+    patience: int = 8  # evaluations outside the tolerance before the loop stops; 0: never stop
+    tolerance: float = 0.1  # the latest weights within this fraction of the smallest validation error are kept
     l2_pull: float = 1e-3  # strength of the pull to the pretrained weights (L2-SP, arXiv:1802.01483)
     rank: int = 8  # of the updates of strategy `adapter`
     energy_weight: float = 1.0
@@ -58,9 +59,9 @@ class TrainingConfig:
 class ScratchConfig:
     """The baseline: the same potential from random weights on the same labels; own rate, as nothing is to protect."""
 
-    steps: int = 3000
-    learning_rate: float = 3e-3
-    patience: int = 12
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    patience: int = 15
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class FinetuneConfig:
         for name in ("steps", "batch_size", "rank", "evaluate_every", "clip"):
             if getattr(training, name) <= 0:
                 raise _bad(f"training.{name}", "a positive number", getattr(training, name))
-        for name in ("learning_rate", "warmup_steps", "patience", "l2_pull", "replay_ratio"):
+        for name in ("learning_rate", "warmup_steps", "patience", "tolerance", "l2_pull", "replay_ratio"):
             if getattr(training, name) < 0:
                 raise _bad(f"training.{name}", "zero or a positive number", getattr(training, name))
         if not 0 <= training.ema < 1:

@@ -71,7 +71,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         forgetting=measure.forgetting(tuned.start, tuned.trained.potential, known, seen, replay),
         drift=measure.drift(tuned.start, tuned.trained.potential, [*known, config.fidelity], seen),
         histories=histories(tuned, scratch),
-        steps=tuned.trained.best_step,
+        steps=tuned.trained.step,
         seconds=time.monotonic() - began,
     )
     return write(config, source, target, tuned, measured)

@@ -126,7 +126,7 @@ def carry_out(recipe: Recipe, target: dataset.TargetSet, notes: list[str]) -> Ou
         kept = [s for i, s in enumerate(structures) if i not in set(indices)]
         folds.append(recipe.fit(start, kept, held))
         judged.append(Judged(start, folds[-1].potential, held))
-    steps = round(float(np.median([fold.best_step for fold in folds])))
+    steps = round(float(np.median([fold.step for fold in folds])))
     notes.append(
         f"the final potential is trained on all {len(structures)} structures for {steps} steps, the folds' median"
     )

@@ -37,10 +37,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights' average at the best validation error (at the end, without validation) and how it was reached."""
+    """The weights' average where early stopping kept it (at the end, without validation) and how it was reached."""
 
     potential: Potential
-    best_step: int
+    step: int
     history: list[dict[str, float]]  # one row per evaluation: step, mean loss since the last one, validation errors
 
 
@@ -62,26 +62,30 @@ class Average:
             served[name].lerp_(value, 1 - decay)
 
 
-class BestSoFar:
-    """The weights with the smallest validation error yet; the start counts, so training never ends up worse than it."""
+class EarlyStopping:
+    """Keeps the latest weights whose validation error is within a tolerance of the smallest; the start counts, too.
 
-    def __init__(self, potential: Potential, target: Target, patience: int) -> None:
+    The latest, not the best: validation energies stop falling while forces, which are not trained on, still improve.
+    """
+
+    def __init__(self, potential: Potential, target: Target, patience: int, tolerance: float) -> None:
         self.target = target
-        self.patience = patience  # steps without improvement
-        self.step, self.error, self.potential = 0, math.inf, potential
+        self.patience = patience  # steps without anything to keep; 0: without end
+        self.tolerance = tolerance  # relative
+        self.smallest = math.inf
+        self.step, self.potential = 0, potential
 
     def judge(self, potential: Potential, step: int) -> dict[str, float]:
-        """Evaluate, remember the potential if it is the best, and return its validation errors; none without a set."""
-        if not self.target.validation:
-            self.step, self.potential = step, potential
-            return {}
-        errors = validation_errors(potential, self.target)
-        if (error := validation_score(errors)) < self.error:
-            self.step, self.error, self.potential = step, error, copy.deepcopy(potential)
+        """Evaluate, keep the weights if they are good enough, and return the validation errors; none without a set."""
+        errors = validation_errors(potential, self.target) if self.target.validation else {}
+        score = validation_score(errors)
+        if score <= self.smallest * (1 + self.tolerance):
+            self.step, self.potential = step, copy.deepcopy(potential)
+        self.smallest = min(self.smallest, score)
         return errors
 
     def exhausted(self, step: int) -> bool:
-        """Tell whether the last improvement is too long ago to go on."""
+        """Tell whether it is too long ago that there was something to keep."""
         return bool(self.patience) and step - self.step >= self.patience
 
 
@@ -100,8 +104,8 @@ def train(
     Raises RuntimeError when a gradient is not finite.
     """
     average = Average(potential, config.ema)
-    best = BestSoFar(average.potential, target, config.patience * config.evaluate_every)
-    history = [{"step": 0.0} | best.judge(average.potential, 0)]
+    stopping = EarlyStopping(average.potential, target, config.patience * config.evaluate_every, config.tolerance)
+    history = [{"step": 0.0} | stopping.judge(average.potential, 0)]
     optimizer = make_optimizer(adaptation, config)
     batches = make_batches(potential, target, config, replay, seed)
     losses: list[float] = []
@@ -117,13 +121,15 @@ def train(
         average.update(adaptation.weights())
         losses.append(loss.item())
         if step % config.evaluate_every == 0 or step == config.steps:
-            history.append({"step": float(step), "loss": float(np.mean(losses))} | best.judge(average.potential, step))
+            history.append(
+                {"step": float(step), "loss": float(np.mean(losses))} | stopping.judge(average.potential, step)
+            )
             losses.clear()
             if progress.disable:  # no terminal: plain lines
                 logger.info("%s: %s", label, ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
-            if best.exhausted(step):
+            if stopping.exhausted(step):
                 break
-    return Trained(best.potential, best.step, history)
+    return Trained(stopping.potential, stopping.step, history)
 
 
 def make_optimizer(adaptation: Adaptation, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -183,6 +189,6 @@ def validation_errors(potential: Potential, target: Target) -> dict[str, float]:
 
 
 def validation_score(errors: dict[str, float]) -> float:
-    """Return what early stopping minimises: the energy error, plus the force error where forces are trained on."""
+    """Return what early stopping looks at: the energy error, plus the force error where forces are trained on."""
     # A typical force error is ten times the energy error in these units, so this weighs the two about equally.
-    return errors["energy_mae_mev_per_atom"] + 0.1 * errors.get("force_mae_mev_per_angstrom", 0.0)
+    return errors.get("energy_mae_mev_per_atom", 0.0) + 0.1 * errors.get("force_mae_mev_per_angstrom", 0.0)

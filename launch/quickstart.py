@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run pretraining and fine-tuning, print the table, and write summary.json."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what the fine-tuning reports while it runs
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = pretrain(out / "pretrain", args.ranks, args.overrides)
