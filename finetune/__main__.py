@@ -7,4 +7,7 @@ from rung.finetune import cli
 
 parser = argparse.ArgumentParser(prog="python -m rung.finetune", description=cli.__doc__)
 cli.add_arguments(parser)
-sys.exit(cli.run(parser.parse_args()))
+try:
+    sys.exit(cli.run(parser.parse_intermixed_args()))
+except (ValueError, FileNotFoundError, FileExistsError) as error:
+    parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rung.data.batch import Batch
 from rung.model.potential import Potential, Prediction
 
-LEARNING_RATES = {"full": 3e-4, "adapter": 3e-3, "embedding": 1e-2}
+LEARNING_RATES = {"full": 5e-4, "adapter": 3e-3, "embedding": 1e-2}
 
 
 class FreeUpdate(nn.Module):

@@ -1,4 +1,19 @@
-"""Every setting of a fine-tuning run; the defaults were chosen by the measurements named beside them."""
+"""Every setting of a fine-tuning run.
+
+The defaults were chosen on the built-in data: 200 MP2/cc-pVDZ energies, a checkpoint pretrained for 2,000 steps on GFN1,
+GFN2, PBE and wB97X, tested on 173 structures of 29 unseen molecules. Mean of three seeds, energy MAE (meV/atom) and
+force MAE (meV/angstrom; no force was trained on):
+
+    parent + shift of E0                       70.6   379
+    full                                       60.0   265
+    full, l2_pull 1e-3 instead of 1e-5         60.6   284
+    adapter                                    60.0   262
+    embedding                                  61.4   347
+    full, with replay of wB97X                 58.9   274
+    scratch                                    87.6  1185
+
+The parent's own force MAE went from 225 to 378 (full), 366 (adapter), 216 (full with replay).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +25,7 @@ from rung.data.fidelity import check_name
 Strategy = Literal["full", "adapter", "embedding"]
 AUTO_FOLDS_BELOW = 200  # structures; a smaller set is too small to give some of them away for validation
 AUTO_FOLDS = 5
+NOT_NEGATIVE = ("learning_rate", "warmup_steps", "patience", "tolerance", "l2_pull", "replay_ratio", "replay_weight")
 
 
 @dataclass(frozen=True)
@@ -48,11 +64,12 @@ class TrainingConfig:
     evaluate_every: int = 20
     patience: int = 8  # evaluations outside the tolerance before the loop stops; 0: never stop
     tolerance: float = 0.1  # the latest weights within this fraction of the smallest validation error are kept
-    l2_pull: float = 1e-3  # strength of the pull to the pretrained weights (L2-SP, arXiv:1802.01483)
+    l2_pull: float = 1e-5  # strength of the pull to the pretrained weights (L2-SP, arXiv:1802.01483)
     rank: int = 8  # of the updates of strategy `adapter`
     energy_weight: float = 1.0
     forces_weight: float = 1.0  # of target and replay forces, where they are trained on
     replay_ratio: float = 0.5  # replay structures per target structure
+    replay_weight: float = 0.003  # of the loss terms of a replay structure, relative to those of a target structure
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ class FinetuneConfig:
         for name in ("steps", "batch_size", "rank", "evaluate_every", "clip"):
             if getattr(training, name) <= 0:
                 raise _bad(f"training.{name}", "a positive number", getattr(training, name))
-        for name in ("learning_rate", "warmup_steps", "patience", "tolerance", "l2_pull", "replay_ratio"):
+        for name in NOT_NEGATIVE:
             if getattr(training, name) < 0:
                 raise _bad(f"training.{name}", "zero or a positive number", getattr(training, name))
         if not 0 <= training.ema < 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rung.data.manifest import resolve_dataset
+from rung.data.manifest import is_dataset, resolve_dataset
 from rung.data.read import read_any
 from rung.data.structure import Labels, Structure
 from rung.finetune.config import AUTO_FOLDS, AUTO_FOLDS_BELOW, FinetuneConfig, SplitConfig
@@ -54,11 +54,6 @@ def load_target(config: FinetuneConfig) -> TargetSet:
     elif num_folds(config.split, len(train)) == 0:
         train, test = hold_out(train, config.split.test_fraction, config.seed, "test", notes)
     return TargetSet(train, test, sources, notes)
-
-
-def is_dataset(name: str) -> bool:
-    """Tell a dataset (its folder, its manifest or `builtin`) from a file of structures."""
-    return name == "builtin" or name.endswith(".yaml") or Path(name).is_dir()
 
 
 def digest(name: str) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rung.data.fidelity import unknown_fidelity
+from rung.data.manifest import is_dataset
 from rung.data.read import read_any
 from rung.data.structure import Structure
-from rung.finetune.dataset import draw, hold_out, is_dataset
+from rung.finetune.dataset import draw, hold_out
 
 MAX_EVALUATED = 200  # structures per replay task on which forgetting is measured
 

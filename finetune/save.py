@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rung.data.fidelity import Fidelity
-from rung.data.manifest import read_manifest
+from rung.data.manifest import is_dataset, read_manifest
 from rung.finetune.config import FinetuneConfig
-from rung.finetune.dataset import TargetSet, is_dataset
+from rung.finetune.dataset import TargetSet
 from rung.model.checkpoint import DIGESTS, Checkpoint, save_checkpoint
 from rung.model.config import to_mapping
 from rung.model.potential import Potential

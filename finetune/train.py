@@ -179,7 +179,15 @@ def make_batches(
             if replay is not None:
                 chosen += [next(replay) for _ in range(round(config.replay_ratio * size))]
             structures, fidelities = zip(*chosen, strict=True)
-            yield collate(structures, fidelities=fidelities, fidelity_index=index, cutoff=potential.config.cutoff)
+            weights = [1.0] * size + [config.replay_weight] * (len(chosen) - size)
+            yield collate(
+                structures,
+                fidelities=fidelities,
+                fidelity_index=index,
+                cutoff=potential.config.cutoff,
+                energy_weights=weights,
+                forces_weights=weights,
+            )
 
 
 def validation_errors(potential: Potential, target: Target) -> dict[str, float]:
