@@ -1,6 +1,6 @@
 """Every setting of a fine-tuning run.
 
-The defaults were chosen on the built-in data: 200 MP2/cc-pVDZ energies, a checkpoint pretrained for 2,000 steps on GFN1,
+The defaults were chosen on the built-in data: 200 MP2/cc-pVDZ energies, a checkpoint pretrained 2,000 steps on GFN1,
 GFN2, PBE and wB97X, tested on 173 structures of 29 unseen molecules. Mean of three seeds, energy MAE (meV/atom) and
 force MAE (meV/angstrom; no force was trained on):
 
