@@ -71,6 +71,8 @@ def parity(pairs: Pairs, fidelity: str, folder: Path) -> list[Path]:
 
 def learning_curve(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Path:
     """Write the validation error (the training loss where there is no validation) against the step."""
+    from matplotlib.ticker import LogFormatter
+
     figure, axes = _figure()
     key = "energy_mae_mev_per_atom"
     validated = any(key in row for history in histories.values() for row in history)
@@ -79,6 +81,8 @@ def learning_curve(histories: Mapping[str, Sequence[Mapping[str, float]]], path:
         if rows:
             axes.plot([row["step"] for row in rows], [row[key if validated else "loss"] for row in rows], label=name)
     axes.set(xlabel="step", ylabel="validation energy MAE (meV/atom)" if validated else "training loss", yscale="log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 20, not 2 x 10^1
     axes.legend(frameon=False)
     return _save(figure, path)
 

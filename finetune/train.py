@@ -23,6 +23,7 @@ from rung.model.potential import Potential
 from rung.model.predict import evaluate
 
 logger = logging.getLogger(__name__)
+LOG_EVERY = 5  # evaluations per plain line of progress
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def train(
                 {"step": float(step), "loss": float(np.mean(losses))} | stopping.judge(average.potential, step)
             )
             losses.clear()
-            if progress.disable:  # no terminal: plain lines
+            if progress.disable and len(history) % LOG_EVERY == 1:  # no terminal: plain lines
                 logger.info("%s: %s", label, ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
             if stopping.exhausted(step):
                 break
