@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from rung.data.manifest import is_dataset, resolve_dataset
 from rung.data.read import read_any
+from rung.data.shard import file_sha256
 from rung.data.structure import Labels, Structure
 from rung.finetune.config import AUTO_FOLDS, AUTO_FOLDS_BELOW, FinetuneConfig, SplitConfig
 
@@ -59,7 +59,7 @@ def load_target(config: FinetuneConfig) -> TargetSet:
 def digest(name: str) -> str:
     """Return the SHA-256 of a file, or of a dataset's manifest, which holds those of its shards."""
     path = resolve_dataset(name) / "dataset.yaml" if is_dataset(name) else Path(name)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_sha256(path)
 
 
 def require_energies(structures: Sequence[Structure], fidelity: str, source: str) -> None:

@@ -23,7 +23,12 @@ MAX_LABELS = 200
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rung quickstart`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of the results; a finished quickstart in it is replaced",
+    )
     parser.add_argument(
         "--fidelity", default="mp2_ccpvdz", help="level of theory to fine-tune to (default: mp2_ccpvdz)"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from rung.data.fidelity import Fidelity
 from rung.data.manifest import MANIFEST_FILE, FidelityEntry, Manifest, read_manifest, resolve_dataset
 from rung.data.mixing import Task, label_counts, mixing_weights
+from rung.data.shard import file_sha256
 from rung.model.config import ModelConfig, config_from_mapping, to_mapping
 from rung.model.potential import Potential
 from rung.pretrain.config import OptimizerConfig, PretrainConfig
@@ -173,11 +173,10 @@ def _scale(entries: Sequence[FidelityEntry], counts: Sequence[int]) -> float:
 
 
 def _describe_dataset(name: str, manifest: Manifest) -> dict[str, Any]:
-    digest = hashlib.sha256((resolve_dataset(name) / MANIFEST_FILE).read_bytes()).hexdigest()
     return {
         "name": manifest.name,
         "version": manifest.version,
         "source": manifest.source,
         "licence": manifest.licence,
-        "manifest_sha256": digest,
+        "manifest_sha256": file_sha256(resolve_dataset(name) / MANIFEST_FILE),
     }

@@ -15,7 +15,6 @@ weights_only=True, which executes nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rung.data.loader import BatchLoader
+from rung.data.shard import file_sha256
 from rung.pretrain.ema import Ema
 from rung.pretrain.engine import Engine
 
@@ -63,7 +63,7 @@ def save_state(folder: Path, state: TrainingState, keep: int) -> Path:
     ranks.barrier()
     if ranks.rank == 0:
         _write_common(partial, state)
-        sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir()))
+        sums = "".join(f"{file_sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir()))
         (partial / DIGESTS).write_text(sums)
         shutil.rmtree(final, ignore_errors=True)  # the same step, left by a run that this one repeats
         partial.rename(final)
@@ -162,7 +162,7 @@ def _verify(source: Path) -> None:
             raise ValueError(
                 f"state {source}: {name} is missing; put another state's name into 'latest' to resume from it"
             )
-        if _sha256(source / name) != digest:
+        if file_sha256(source / name) != digest:
             raise ValueError(
                 f"state {source}: {name} is damaged (its SHA-256 is not the one in {DIGESTS}); "
                 "put another state's name into 'latest' to resume from it"
@@ -175,8 +175,3 @@ def _rank_file(folder: Path, rank: int) -> Path:
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -114,14 +114,13 @@ def not_finite(structures: Sequence[Structure], config: OptimizerConfig) -> list
     engine = make_engine(config)
     good = make_batch(parts(structures, 0)[engine.ranks.rank])
     infinite = replace(good, energy=torch.full_like(good.energy, math.inf))
-    coincident = replace(good, positions=good.positions.clone())
     seen = []
-    for bad in (infinite, coincident):
+    for bad, spoiled in ((infinite, False), (good, True)):
         begin = [parameter.clone() for parameter in engine.parameters()]
-        if bad is coincident and engine.ranks.rank == 1:
+        if spoiled and engine.ranks.rank == 1:
             handle = next(iter(engine._module.parameters())).register_hook(lambda gradient: gradient * math.nan)
         totals = engine.step(bad if engine.ranks.rank == 1 else good, config.lr, stop=engine.ranks.rank == 1)
-        if bad is coincident and engine.ranks.rank == 1:
+        if spoiled and engine.ranks.rank == 1:
             handle.remove()
         same = all(torch.equal(a, b) for a, b in zip(begin, engine.parameters(), strict=True))
         seen.append((totals, same))
