@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import silu
 
-from rung.kernels import NUM_INVARIANTS, Edges, VectorMessage, convolve, invariants
+from rung.kernels import NUM_INVARIANTS, Edges, VectorMessage, convolve, invariants, matmul, mix
 from rung.model.config import ModelConfig
 
 # The radial functions are about 1/3 in RMS at bond lengths; this brings the convolution's output near 1.
@@ -56,7 +56,8 @@ class Dense(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        product = x @ self.weight
+        num_in, num_out = self.weight.shape
+        product = matmul(x.reshape(-1, num_in), self.weight).reshape(*x.shape[:-1], num_out)
         return product if self.bias is None else product + self.bias
 
 
@@ -103,9 +104,6 @@ class Interaction(nn.Module):
         if vectors_out:
             self.gate = Dense(C, C, generator)
             self.vector = Dense(C, C, generator, bias=False)
-        degrees = [degree for degree in range(num_degrees) for _ in range(2 * degree + 1)]
-        self.register_buffer("degree_L", torch.tensor(degrees), persistent=False)
-        self.degree_L: Tensor
 
     def forward(
         self,
@@ -123,15 +121,15 @@ class Interaction(nn.Module):
             message = VectorMessage(self.vector_sender(v_N3C), self.axial_RlC * scale, self.identity_RC * scale)
         weights_RlC = self.radial_RlC * self.neighbour_scale
         A_NLC = convolve(radial_ER, harmonics_EL, self.sender(h_NC), weights_RlC, edges, message)
-        A_LNC = A_NLC.transpose(0, 1) @ self.mixing_lCC.index_select(0, self.degree_L)
-        h_NC = self._update_scalars(h_NC, invariants(A_LNC.transpose(0, 1)), elements)
+        A_NLC = mix(A_NLC, self.mixing_lCC)
+        h_NC = self._update_scalars(h_NC, invariants(A_NLC), elements)
         if not self.vectors_out:
             return h_NC, None
-        return h_NC, torch.tanh(self.gate(h_NC))[:, None] * self.vector(A_LNC[1:4].transpose(0, 1))
+        return h_NC, torch.tanh(self.gate(h_NC))[:, None] * self.vector(A_NLC[:, 1:4].contiguous())
 
     def _update_scalars(self, h_NC: Tensor, invariants_NKC: Tensor, elements: ElementGroups) -> Tensor:
         """Return h + m + MLP(m), where m is linear in the invariants and, by element, in h."""
-        message_NC = invariants_NKC.flatten(1) @ self.message_KCC.flatten(0, 1)
+        message_NC = matmul(invariants_NKC.flatten(1), self.message_KCC.flatten(0, 1))
         message_NC = message_NC + elements.linear(h_NC, self.species_SCC)
         change_NC: Tensor = self.update(silu(self.hidden(message_NC)))
         return h_NC + message_NC + change_NC

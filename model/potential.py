@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rung.data.batch import Batch
 from rung.data.fidelity import unknown_fidelity
 from rung.data.structure import MAX_ATOMIC_NUMBER
-from rung.kernels import Edges, edge_basis
+from rung.kernels import Edges, backend, edge_basis
 from rung.model.config import ModelConfig
 from rung.model.fidelity import CONDITIONING
 from rung.model.layers import ElementGroups, Embedding, Interaction
@@ -159,6 +159,11 @@ class Potential(nn.Module):
 
     # Evaluation
 
+    def kernels(self) -> str:
+        """Return, for a log, which kernels this potential runs on and why; builds them where that is to be done."""
+        config, like = self.config, self.embedding.element_SC
+        return backend.description(like, channels=config.channels, num_radial=config.num_radial, l_max=config.l_max)
+
     def forward(self, batch: Batch, *, forces: bool = True, stress: bool = False) -> Prediction:
         """Return energies and, as asked, forces and stress.
 
@@ -166,43 +171,45 @@ class Potential(nn.Module):
         with respect to the parameters.
         """
         if not (forces or stress):
-            energy_N, energy_M = self._energies(batch, batch.positions, None)
+            energy_N, energy_M = self._energies(batch, *self._basis(_edge_vectors(batch)))
             return Prediction(energy_M, None, None, energy_N)
         with torch.enable_grad():
-            positions_N3 = batch.positions.detach().requires_grad_(forces)
-            strain_M33 = torch.zeros_like(batch.cell).requires_grad_() if stress else None
-            energy_N, energy_M = self._energies(batch, positions_N3, strain_M33)
-            inputs = [tensor for tensor in (positions_N3, strain_M33) if tensor is not None and tensor.requires_grad]
-            gradients = list(torch.autograd.grad(energy_M.sum(), inputs, create_graph=self.training))
+            vectors_E3 = _edge_vectors(batch).detach().requires_grad_()
+            basis = self._basis(vectors_E3)
+            # Leaves between the geometry and the network, whose gradients are switched off again below: a loss then
+            # is never differentiated with respect to the geometry, which would cost a seventh of a training step.
+            leaves = [tensor.detach().requires_grad_() for tensor in basis]
+            energy_N, energy_M = self._energies(batch, *leaves)
+            gradients = torch.autograd.grad(energy_M.sum(), leaves, create_graph=self.training)
+            (gradient_E3,) = torch.autograd.grad(basis, vectors_E3, gradients, create_graph=self.training)
+            for tensor in (vectors_E3, *leaves):
+                tensor.requires_grad_(False)
         if not self.training:
             energy_N, energy_M = energy_N.detach(), energy_M.detach()
-        forces_N3 = -gradients.pop(0) if forces else None
-        stress_M33 = None
-        if stress:
-            volume_M = torch.linalg.det(batch.cell).abs()
-            volume_M = torch.where(volume_M > 0, volume_M, math.nan)  # a molecule has no stress
-            stress_M33 = gradients.pop(0) / volume_M[:, None, None]
+        forces_N3 = _forces(batch, gradient_E3) if forces else None
+        stress_M33 = _stress(batch, vectors_E3, gradient_E3) if stress else None
         return Prediction(energy_M, forces_N3, stress_M33, energy_N)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """Return the scalars [N, C] of every layer, as the read-outs see them."""
-        return [h_NC for h_NC, _ in self._layers(batch, batch.positions, None)]
+        return [h_NC for h_NC, _ in self._layers(batch, *self._basis(_edge_vectors(batch)))]
 
-    def _energies(self, batch: Batch, positions_N3: Tensor, strain_M33: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _basis(self, vectors_E3: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the radial functions [E, R] and harmonics [E, L] of edge vectors."""
+        config = self.config
+        return edge_basis(vectors_E3, cutoff=config.cutoff, num_radial=config.num_radial, l_max=config.l_max)
+
+    def _energies(self, batch: Batch, radial_ER: Tensor, harmonics_EL: Tensor) -> tuple[Tensor, Tensor]:
         """Return the energies in eV of each atom [N] and of each structure [M], in float64."""
-        energy_N = sum(energy_N.double() for _, energy_N in self._layers(batch, positions_N3, strain_M33))
+        energy_N = sum(energy_N.double() for _, energy_N in self._layers(batch, radial_ER, harmonics_EL))
         reference_N = self.e0_FZ[batch.fidelity[batch.structure], self.element_row[batch.numbers]]
         energy_N = reference_N + self.scale * energy_N
         energy_M = energy_N.new_zeros(batch.num_structures).index_add(0, batch.structure, energy_N)
         return energy_N, energy_M
 
-    def _layers(self, batch: Batch, positions_N3: Tensor, strain_M33: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    def _layers(self, batch: Batch, radial_ER: Tensor, harmonics_EL: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return every layer's scalars [N, C] and atomic energies [N] in units of the scale."""
-        vectors_E3 = _edge_vectors(batch, positions_N3, strain_M33)
         config = self.config
-        radial_ER, harmonics_EL = edge_basis(
-            vectors_E3, cutoff=config.cutoff, num_radial=config.num_radial, l_max=config.l_max
-        )
         edges = Edges(batch.receivers, batch.senders, batch.row_ptr, batch.reverse)
         element_N = self.element_row[batch.numbers]
         elements = ElementGroups.of(element_N, len(config.elements))
@@ -218,15 +225,37 @@ class Potential(nn.Module):
         return outputs
 
 
-def _edge_vectors(batch: Batch, positions_N3: Tensor, strain_M33: Tensor | None) -> Tensor:
-    """Return x_j - x_i + shift [E, 3]; a strain deforms each structure and its cell, x -> (1 + strain) x."""
+def _edge_vectors(batch: Batch) -> Tensor:
+    """Return x_j - x_i + shift [E, 3] in angstrom."""
+    positions_N3 = batch.positions
     vectors_E3 = positions_N3.index_select(0, batch.senders) - positions_N3.index_select(0, batch.receivers)
-    structure_E = batch.structure.index_select(0, batch.receivers)
-    vectors_E3 = vectors_E3 + torch.einsum("ea,eab->eb", batch.shifts, batch.cell.index_select(0, structure_E))
-    if strain_M33 is None:
-        return vectors_E3
-    symmetric_M33 = (strain_M33 + strain_M33.transpose(1, 2)) / 2
-    return vectors_E3 + torch.einsum("ea,eab->eb", vectors_E3, symmetric_M33.index_select(0, structure_E))
+    cell_E33 = batch.cell.index_select(0, _structure_of_edges(batch))
+    return vectors_E3 + torch.einsum("ea,eab->eb", batch.shifts, cell_E33)
+
+
+def _structure_of_edges(batch: Batch) -> Tensor:
+    return batch.structure.index_select(0, batch.receivers)
+
+
+def _forces(batch: Batch, gradient_E3: Tensor) -> Tensor:
+    """Return the forces [N, 3] from the energy's gradient with respect to the edge vectors.
+
+    Atom i is where its own edges start and where their reverse edges end.
+    """
+    pull_E3 = gradient_E3 - gradient_E3.index_select(0, batch.reverse)
+    return torch.zeros_like(batch.positions).index_add(0, batch.receivers, pull_E3)
+
+
+def _stress(batch: Batch, vectors_E3: Tensor, gradient_E3: Tensor) -> Tensor:
+    """Return the stress [M, 3, 3] from the same gradient; NaN for a structure without a cell.
+
+    A strain e takes each edge vector r to (1 + e) r, so dE/de = sum over edges of r (x) dE/dr, here symmetrised.
+    """
+    virial_E33 = vectors_E3[:, :, None] * gradient_E3[:, None, :]
+    virial_M33 = torch.zeros_like(batch.cell).index_add(0, _structure_of_edges(batch), virial_E33)
+    volume_M = torch.linalg.det(batch.cell).abs()
+    volume_M = torch.where(volume_M > 0, volume_M, math.nan)  # a molecule has no stress
+    return (virial_M33 + virial_M33.transpose(1, 2)) / (2 * volume_M[:, None, None])
 
 
 def _symbols(numbers: Sequence[int]) -> str:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from rung.data.batch import Batch, Budget, Sample, batches
 from rung.data.fidelity import unknown_fidelity
 from rung.data.structure import Structure
-from rung.model.potential import Potential
+from rung.model.direct import evaluator
+from rung.model.potential import Potential, Prediction
 
 DEFAULT_BUDGET = Budget(max_atoms=2048, max_edges=65536)  # a few hundred MB in float32
 MEV = 1000.0  # meV per eV
@@ -72,8 +73,10 @@ def predict(
     structure larger than the budget, naming it.
     """
     predictions: list[StructurePrediction] = []
-    for batch in _batches(potential, structures, fidelity, budget):
-        predictions.extend(_predict_batch(potential, batch, forces=forces, stress=stress))
+    with _evaluation_mode(potential):
+        evaluate = evaluator(potential)  # of the weights as they are now, so not to be kept
+        for batch in _batches(potential, structures, fidelity, budget):
+            predictions.extend(_of_structures(batch, evaluate(batch, forces=forces, stress=stress)))
     return predictions
 
 
@@ -109,6 +112,14 @@ def choose_fidelity(name: str | None, known: Sequence[str]) -> str:
     if name not in known:
         raise unknown_fidelity(name, known)
     return name
+
+
+def check_structure(potential: Potential, structure: Structure, fidelity: str) -> None:
+    """Raise ValueError naming the structure for what the potential was not trained on; see `check_domain`."""
+    try:
+        potential.check_domain(structure.numbers.tolist(), fidelity, structure.charge, structure.multiplicity)
+    except ValueError as error:
+        raise ValueError(f"structure '{structure.key}': {error}") from error
 
 
 def _errors(structure: Structure, prediction: StructurePrediction, fidelity: str) -> ErrorSums:
@@ -147,16 +158,11 @@ def _batches(potential: Potential, structures: Iterable[Structure], fidelity: st
 
 
 def _checked(potential: Potential, structure: Structure, fidelity: str) -> Structure:
-    try:
-        potential.check_domain(structure.numbers.tolist(), fidelity, structure.charge, structure.multiplicity)
-    except ValueError as error:
-        raise ValueError(f"structure '{structure.key}': {error}") from error
+    check_structure(potential, structure, fidelity)
     return structure
 
 
-def _predict_batch(potential: Potential, batch: Batch, *, forces: bool, stress: bool) -> Iterator[StructurePrediction]:
-    with _evaluation_mode(potential):
-        prediction = potential(batch, forces=forces, stress=stress)
+def _of_structures(batch: Batch, prediction: Prediction) -> Iterator[StructurePrediction]:
     ends = torch.bincount(batch.structure, minlength=batch.num_structures).cumsum(0).tolist()
     energies = prediction.energy.tolist()
     atomic_energies_N = prediction.atomic_energy.detach().double().cpu().numpy()

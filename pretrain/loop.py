@@ -67,6 +67,7 @@ class Run:
         source = load_state(self.folder / "state", self.state) if resume else None
         self.writer = MetricsWriter(self.folder, ranks.rank, self.state.step, self.plan.steps)
         self.writer.print(describe(self.plan, config))
+        self.writer.print(f"kernels {self.potential.kernels()}")
         if source is not None:
             self.writer.print(f"resumed from {source}")
 

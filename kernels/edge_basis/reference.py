@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from rung.kernels.harmonics import MAX_DEGREE, component_norm, harmonic_tensors
+from rung.kernels.harmonics import component_norm, harmonic_tensors
 
 CUTOFF_POWER = 6  # p of the polynomial cut-off
 
@@ -19,11 +19,7 @@ def edge_basis(vectors_E3: Tensor, *, cutoff: float, num_radial: int, l_max: int
     Radial: sqrt(2/r_c) sin(nu pi d/r_c)/d, nu = 1..R, times a polynomial that goes to zero at the cut-off with two
     continuous derivatives (arXiv:2003.03123, equations 7 and 8). Harmonics: e3nn's order, `component` normalised.
     Vectors must not be zero; beyond the cut-off the radial functions are zero.
-
-    Raises ValueError when l_max is not in 0..3.
     """
-    if not 0 <= l_max <= MAX_DEGREE:
-        raise ValueError(f"edge_basis: l_max: expected 0..{MAX_DEGREE}, found {l_max}")
     distance_E1 = torch.linalg.vector_norm(vectors_E3, dim=1, keepdim=True)
     return (_radial(distance_E1, cutoff, num_radial), _harmonics(vectors_E3 / distance_E1, l_max))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rung.kernels.harmonics import harmonic_tensors
 from rung.kernels.invariants.bilinear import Table, Term, quadratic
-from rung.kernels.invariants.table import NUM_INVARIANTS, invariants_up_to
+from rung.kernels.invariants.table import DEGREE_OF_SIZE, NUM_INVARIANTS, invariants_up_to
 
 # Products of the first step: name, factors, and definition on the factors' harmonic tensors. By the l_max they need.
 _PRODUCTS = {
@@ -53,13 +53,8 @@ _ROWS = {
 
 
 def invariants(A_NLC: Tensor) -> Tensor:
-    """Return the invariants [N, K, C] of each atom's and channel's tensors, in the order of `table.INVARIANTS`.
-
-    Raises ValueError when L is not (l_max+1)^2 with l_max in 0..3.
-    """
-    l_max = {1: 0, 4: 1, 9: 2, 16: 3}.get(A_NLC.shape[1])
-    if l_max is None:
-        raise ValueError(f"invariants: A: expected [N, L, C] with L = 1, 4, 9 or 16, found {list(A_NLC.shape)}")
+    """Return the invariants [N, K, C] of each atom's and channel's tensors, in the order of `table.INVARIANTS`."""
+    l_max = DEGREE_OF_SIZE[A_NLC.shape[1]]
     components = A_NLC.transpose(0, 1).contiguous()  # [L, N, C]: the terms are whole [N, C] planes
     products_table, rows_table = _tables(l_max)
     factors = torch.cat([components, quadratic(components, products_table)])

@@ -59,3 +59,5 @@ def invariants_up_to(l_max: int) -> tuple[Invariant, ...]:
 
 
 NUM_INVARIANTS = {l_max: len(invariants_up_to(l_max)) for l_max in (0, 1, 2, 3)}
+
+DEGREE_OF_SIZE = {(l_max + 1) ** 2: l_max for l_max in NUM_INVARIANTS}  # L -> l_max

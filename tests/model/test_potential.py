@@ -41,7 +41,7 @@ Evaluate = Callable[..., tuple[Tensor, Tensor]]
 def evaluate(variant: dict[str, Any], make_potential: Make) -> Evaluate:
     """Return a function from structures to energies [M] and forces [N, 3], in eV and angstrom."""
     dtype = variant.pop("dtype")
-    potential = make_potential(num_layers=3, **variant).to(dtype)
+    potential = make_potential(channels=16, num_layers=3, **variant).to(dtype)
     for fidelity in ("low", "high"):
         potential.set_reference(fidelity, E0)
 
@@ -142,7 +142,7 @@ def test_atoms_without_neighbours_have_no_forces(evaluate: Evaluate) -> None:
 
 @pytest.fixture
 def potential(make_potential: Make) -> Potential:
-    potential = make_potential(num_layers=2).double()
+    potential = make_potential(channels=16, num_layers=2).double()
     potential.set_reference("low", E0)
     potential.set_reference("high", E0)
     return potential
@@ -250,7 +250,7 @@ def test_second_derivatives_with_respect_to_the_parameters(potential: Potential)
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_every_parameter_takes_part_in_every_step(make_potential: Make, conditioning: str, num_layers: int) -> None:
     """Also with one of the fidelities and without any edge: an unused parameter stops data-parallel training."""
-    potential = make_potential(conditioning=conditioning, num_layers=num_layers).double().train()
+    potential = make_potential(channels=16, conditioning=conditioning, num_layers=num_layers).double().train()
     potential.set_reference("low", E0)
     for structures in ([cluster("a", 4)], [cluster("b", 1)]):
         prediction = potential(to_batch(structures))
@@ -262,7 +262,7 @@ def test_every_parameter_takes_part_in_every_step(make_potential: Make, conditio
 
 @pytest.mark.parametrize("l_max", [1, 2])
 def test_lower_degrees_work(make_potential: Make, l_max: int) -> None:
-    potential = make_potential(l_max=l_max).double()
+    potential = make_potential(channels=16, l_max=l_max).double()
     potential.set_reference("low", E0)
     structure = cluster("a", 5)
     turn = orthogonal()
@@ -301,7 +301,7 @@ def test_features_are_invariant_and_one_for_each_layer(potential: Potential) -> 
     turn = orthogonal()
     features = potential.features(to_batch([structure]))
     turned = potential.features(to_batch([moved(structure, lambda positions: positions @ turn.T)]))
-    assert [tuple(feature.shape) for feature in features] == [(5, 4)] * 2
+    assert [tuple(feature.shape) for feature in features] == [(5, 16)] * 2
     for one, two in zip(features, turned, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 

@@ -62,7 +62,7 @@ def config_words(dataset: Path) -> list[str]:
     return [
         f"tasks=[{{dataset: {dataset}, fidelity: low}}, {{dataset: {dataset}, fidelity: high}}]",
         "steps=6",
-        "model={channels: 4, num_layers: 2, l_max: 2, num_radial: 4, fidelity_dim: 4, readout_hidden: 4}",
+        "model={channels: 16, num_layers: 2, l_max: 2, num_radial: 4, fidelity_dim: 4, readout_hidden: 4}",
         "data.max_atoms=24",
         "data.max_edges=512",
         "optimizer.warmup_steps=2",

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 MODEL = ModelConfig(
-    (1, 6, 7, 8), ("low", "high"), channels=4, num_layers=2, l_max=2, num_radial=4, fidelity_dim=4, readout_hidden=4
+    (1, 6, 7, 8), ("low", "high"), channels=16, num_layers=2, l_max=2, num_radial=4, fidelity_dim=4, readout_hidden=4
 )
 LOSS = LossConfig(energy_weight=0.5, forces_weight=2.0)
 CASES = [("soap", 0, 0.0), ("soap", 0, 1e-3), ("adamw", 0, 1e-3), ("adamw", 1, 1e-3), ("adamw", 2, 0.0)]

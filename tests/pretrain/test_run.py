@@ -80,6 +80,28 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert [record["step"] for record in records if record["kind"] == "train"] == [2, 4, 6]
 
 
+def train_with(backend: str, words: Sequence[str]) -> str:
+    """Run with a backend on this rank; return the run's table of losses."""
+    from rung.kernels import use_backend
+
+    with use_backend(backend):
+        train(words)
+    output = next(word.removeprefix("output=") for word in words if word.startswith("output="))
+    return (Path(output) / "train.csv").read_text()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_native_kernels_train_as_the_reference_does(
+    mode: str, config_words: list[str], run_ranks: Any, tmp_path: Path
+) -> None:
+    words = [*config_words, *MODES[mode], "log_every=1"]
+    losses = []
+    for backend in ("native", "reference"):
+        text = run_ranks(train_with, 2, backend, [*words, f"output={tmp_path / backend}"])[0]
+        losses.append([float(row["loss"]) for row in csv.DictReader(text.splitlines())])
+    assert len(losses[0]) >= 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_killed_run_repeats_its_steps_and_its_records(
     config_words: list[str], run_ranks: Any, tmp_path: Path
 ) -> None:

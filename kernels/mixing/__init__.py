@@ -1,0 +1,1 @@
+"""Dense mixing of channels."""

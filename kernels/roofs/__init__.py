@@ -1,0 +1,1 @@
+"""What the processor can do at most, measured: the scale of every figure in the benchmark."""
