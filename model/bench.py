@@ -27,6 +27,7 @@ from rung.kernels.memory import keep_freed_memory
 from rung.model import layers, potential
 from rung.model.config import ModelConfig
 from rung.model.direct import evaluator
+from rung.model.geometry import edge_vectors, forces_from
 from rung.model.potential import Potential
 
 ELEMENTS = (1, 6, 7, 8)
@@ -168,11 +169,11 @@ def train_step(model: Potential, batch: Batch, compiled: bool) -> Callable[[], o
         if network is None:
             prediction = model(batch)
             return prediction.energy, prediction.forces
-        vectors_E3 = potential._edge_vectors(batch).detach().requires_grad_()
+        vectors_E3 = edge_vectors(batch).detach().requires_grad_()
         basis = model._basis(vectors_E3)
         energy_M, *gradients = network(*[tensor.detach().requires_grad_() for tensor in basis])
         (gradient_E3,) = torch.autograd.grad(basis, vectors_E3, gradients, create_graph=True)
-        return energy_M, potential._forces(batch, gradient_E3)
+        return energy_M, forces_from(batch, gradient_E3)
 
     def step() -> float:
         model.train()

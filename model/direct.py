@@ -6,7 +6,6 @@ backward passes, with the backward pass of the whole potential written out (shap
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -17,8 +16,9 @@ from rung.data.batch import Batch
 from rung.kernels import Edges
 from rung.kernels.explicit import Operations, native_operations
 from rung.model.direct_layers import DirectLayer, DirectReadout, Geometry, Groups, Rows, Sent, Trace, direct_readouts
+from rung.model.geometry import edge_vectors, forces_from, stress_from
 from rung.model.layers import Interaction
-from rung.model.potential import _CHARGE_OFFSET, Potential, Prediction, _edge_vectors
+from rung.model.potential import CHARGE_OFFSET, Potential, Prediction
 
 
 def operations_of(potential: Potential) -> Operations | None:
@@ -77,7 +77,7 @@ class DirectPotential:
     def composition(self, batch: Batch) -> Composition:
         """Return all that does not depend on the geometry: for structures that only move it is needed once."""
         element_N = self._element_row[batch.numbers]
-        charge_M = self._charge_row[batch.charge + _CHARGE_OFFSET]
+        charge_M = self._charge_row[batch.charge + CHARGE_OFFSET]
         multiplicity_M = self._multiplicity_row[batch.multiplicity]
         state_MC = self._charge_QC.index_select(0, charge_M) + self._multiplicity_PC.index_select(0, multiplicity_M)
         h_NC = self._element_SC.index_select(0, element_N) + state_MC.index_select(0, batch.structure)
@@ -104,7 +104,7 @@ class DirectPotential:
         atoms = self.composition(batch) if composition is None else composition
         config = self.config
         cutoff, num_radial, l_max = config.cutoff, config.num_radial, config.l_max
-        vectors_E3 = _vectors(batch)
+        vectors_E3 = edge_vectors(batch)
         radial_ER, harmonics_EL = self._operations.edge_basis(vectors_E3, cutoff, num_radial, l_max)
         edges = Edges(batch.receivers, batch.senders, batch.row_ptr, batch.reverse)
         geometry = Geometry(radial_ER, harmonics_EL, edges)
@@ -116,8 +116,8 @@ class DirectPotential:
         gradient_E3 = self._operations.edge_basis_backward(
             vectors_E3, *self._backward(atoms, geometry, traces), cutoff, num_radial, l_max
         ).mul_(self._scale)
-        forces_N3 = _forces(batch, gradient_E3) if forces else None
-        stress_M33 = _stress(batch, vectors_E3, gradient_E3) if stress else None
+        forces_N3 = forces_from(batch, gradient_E3) if forces else None
+        stress_M33 = stress_from(batch, vectors_E3, gradient_E3) if stress else None
         return Prediction(energy_M, forces_N3, stress_M33, energy_N)
 
     def _forward(self, atoms: Composition, geometry: Geometry) -> tuple[Tensor, list[tuple[Trace, Tensor | None]]]:
@@ -149,33 +149,3 @@ class DirectPotential:
             totals = (g_radial_ER, g_harmonics_EL)
         assert totals is not None
         return totals
-
-
-def _vectors(batch: Batch) -> Tensor:
-    """Return the edge vectors [E, 3] in angstrom; one structure needs no cell for each edge."""
-    if batch.num_structures > 1:
-        return _edge_vectors(batch)
-    positions_N3 = batch.positions
-    vectors_E3 = positions_N3.index_select(0, batch.senders).sub_(positions_N3.index_select(0, batch.receivers))
-    return vectors_E3.addmm_(batch.shifts, batch.cell[0])
-
-
-def _forces(batch: Batch, gradient_E3: Tensor) -> Tensor:
-    """Return the forces [N, 3]: atom i is where its own edges start and where their reverse edges end."""
-    pull_E3 = gradient_E3 - gradient_E3.index_select(0, batch.reverse)
-    return _segment_sum(pull_E3, batch.row_ptr.long())
-
-
-def _stress(batch: Batch, vectors_E3: Tensor, gradient_E3: Tensor) -> Tensor:
-    """Return the stress [M, 3, 3], NaN for a structure without a cell; see `Potential`."""
-    virial_E33 = vectors_E3[:, :, None] * gradient_E3[:, None, :]
-    ends_M = torch.bincount(batch.structure, minlength=batch.num_structures).cumsum(0)
-    virial_M33 = _segment_sum(virial_E33, batch.row_ptr.long()[torch.nn.functional.pad(ends_M, (1, 0))])
-    volume_M = torch.linalg.det(batch.cell).abs()
-    volume_M = torch.where(volume_M > 0, volume_M, math.nan)
-    return (virial_M33 + virial_M33.transpose(1, 2)) / (2 * volume_M[:, None, None])
-
-
-def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Return the sums over offsets[k] .. offsets[k + 1] - 1 of the first axis: ten times as fast as index_add."""
-    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)

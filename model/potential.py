@@ -18,9 +18,10 @@ from rung.data.structure import MAX_ATOMIC_NUMBER
 from rung.kernels import Edges, backend, edge_basis
 from rung.model.config import ModelConfig
 from rung.model.fidelity import CONDITIONING
+from rung.model.geometry import edge_vectors, forces_from, stress_from
 from rung.model.layers import ElementGroups, Embedding, Interaction
 
-_CHARGE_OFFSET = 128  # charges are int8 where they are stored
+CHARGE_OFFSET = 128  # charges are int8 where they are stored
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Potential(nn.Module):
         self.scale: Tensor
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
         self._register_rows("element_row", config.elements, size=MAX_ATOMIC_NUMBER + 1)
-        self._register_rows("charge_row", [charge + _CHARGE_OFFSET for charge in config.charges], size=256)
+        self._register_rows("charge_row", [charge + CHARGE_OFFSET for charge in config.charges], size=256)
         self._register_rows("multiplicity_row", config.multiplicities, size=256)
 
     element_row: Tensor  # int64 [119]: atomic number -> row
@@ -171,10 +172,10 @@ class Potential(nn.Module):
         with respect to the parameters.
         """
         if not (forces or stress):
-            energy_N, energy_M = self._energies(batch, *self._basis(_edge_vectors(batch)))
+            energy_N, energy_M = self._energies(batch, *self._basis(edge_vectors(batch)))
             return Prediction(energy_M, None, None, energy_N)
         with torch.enable_grad():
-            vectors_E3 = _edge_vectors(batch).detach().requires_grad_()
+            vectors_E3 = edge_vectors(batch).detach().requires_grad_()
             basis = self._basis(vectors_E3)
             # Leaves between the geometry and the network, whose gradients are switched off again below: a loss then
             # is never differentiated with respect to the geometry, which would cost a seventh of a training step.
@@ -186,13 +187,13 @@ class Potential(nn.Module):
                 tensor.requires_grad_(False)
         if not self.training:
             energy_N, energy_M = energy_N.detach(), energy_M.detach()
-        forces_N3 = _forces(batch, gradient_E3) if forces else None
-        stress_M33 = _stress(batch, vectors_E3, gradient_E3) if stress else None
+        forces_N3 = forces_from(batch, gradient_E3) if forces else None
+        stress_M33 = stress_from(batch, vectors_E3, gradient_E3) if stress else None
         return Prediction(energy_M, forces_N3, stress_M33, energy_N)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """Return the scalars [N, C] of every layer, as the read-outs see them."""
-        return [h_NC for h_NC, _ in self._layers(batch, *self._basis(_edge_vectors(batch)))]
+        return [h_NC for h_NC, _ in self._layers(batch, *self._basis(edge_vectors(batch)))]
 
     def _basis(self, vectors_E3: Tensor) -> tuple[Tensor, Tensor]:
         """Return the radial functions [E, R] and harmonics [E, L] of edge vectors."""
@@ -213,7 +214,7 @@ class Potential(nn.Module):
         edges = Edges(batch.receivers, batch.senders, batch.row_ptr, batch.reverse)
         element_N = self.element_row[batch.numbers]
         elements = ElementGroups.of(element_N, len(config.elements))
-        charge_M = self.charge_row[batch.charge + _CHARGE_OFFSET]
+        charge_M = self.charge_row[batch.charge + CHARGE_OFFSET]
         multiplicity_M = self.multiplicity_row[batch.multiplicity]
         h_NC = self.embedding(element_N, charge_M, multiplicity_M, batch.structure)
         v_N3C: Tensor | None = None
@@ -223,39 +224,6 @@ class Potential(nn.Module):
             h_NC, energy_N = self.conditioning(t, h_NC, batch.fidelity, batch.structure)
             outputs.append((h_NC, energy_N))
         return outputs
-
-
-def _edge_vectors(batch: Batch) -> Tensor:
-    """Return x_j - x_i + shift [E, 3] in angstrom."""
-    positions_N3 = batch.positions
-    vectors_E3 = positions_N3.index_select(0, batch.senders) - positions_N3.index_select(0, batch.receivers)
-    cell_E33 = batch.cell.index_select(0, _structure_of_edges(batch))
-    return vectors_E3 + torch.einsum("ea,eab->eb", batch.shifts, cell_E33)
-
-
-def _structure_of_edges(batch: Batch) -> Tensor:
-    return batch.structure.index_select(0, batch.receivers)
-
-
-def _forces(batch: Batch, gradient_E3: Tensor) -> Tensor:
-    """Return the forces [N, 3] from the energy's gradient with respect to the edge vectors.
-
-    Atom i is where its own edges start and where their reverse edges end.
-    """
-    pull_E3 = gradient_E3 - gradient_E3.index_select(0, batch.reverse)
-    return torch.zeros_like(batch.positions).index_add(0, batch.receivers, pull_E3)
-
-
-def _stress(batch: Batch, vectors_E3: Tensor, gradient_E3: Tensor) -> Tensor:
-    """Return the stress [M, 3, 3] from the same gradient; NaN for a structure without a cell.
-
-    A strain e takes each edge vector r to (1 + e) r, so dE/de = sum over edges of r (x) dE/dr, here symmetrised.
-    """
-    virial_E33 = vectors_E3[:, :, None] * gradient_E3[:, None, :]
-    virial_M33 = torch.zeros_like(batch.cell).index_add(0, _structure_of_edges(batch), virial_E33)
-    volume_M = torch.linalg.det(batch.cell).abs()
-    volume_M = torch.where(volume_M > 0, volume_M, math.nan)  # a molecule has no stress
-    return (virial_M33 + virial_M33.transpose(1, 2)) / (2 * volume_M[:, None, None])
 
 
 def _symbols(numbers: Sequence[int]) -> str:

@@ -197,6 +197,19 @@ def test_it_equals_autograd_through_the_references(
     assert_equal(widened, expected, TOLERANCE[torch.float32])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("structures", BATCHES.values(), ids=BATCHES.keys())
+def test_it_equals_autograd_through_the_references_on_a_gpu(structures: list[Structure]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    potential, batch = make_potential().cuda(), to_batch(structures).to("cuda")
+    with use_backend("native"):
+        operations = operations_of(potential)
+    assert operations is not None
+    found = DirectPotential(potential, operations)(batch, stress=True)
+    assert_equal(found, potential(batch, stress=True), TOLERANCE[torch.float64])
+
+
 def test_what_is_not_asked_for_is_none_and_a_composition_is_of_any_geometry(direct_of: DirectOf) -> None:
     potential = make_potential()
     direct, batch = direct_of(potential), to_batch(BATCHES["several, two fidelities"])
