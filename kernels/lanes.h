@@ -52,8 +52,8 @@ template <int K, class T> RUNG_INLINE void load_row(const T* p, T* row) {
   }
 }
 
-// Sums each of K <= 32 numbers over the lanes of a warp, about K + 4 shuffles instead of 5 K: at each of five steps a lane
-// hands half of its numbers to its partner and keeps the other half. Returns the sum number `sum_place<K>(lane)`.
+// Sums each of K <= 32 numbers over the lanes of a warp, about K + 4 shuffles instead of 5 K: at each of five steps a
+// lane hands half of its numbers to its partner and keeps the other half. Returns the sum number `sum_place<K>(lane)`.
 template <int K, int STEP = WARP / 2, class T> RUNG_INLINE T warp_sums(T* v, int lane) {
   static_assert(K <= 2 * STEP, "one sum for each lane");
   constexpr int HALF = (K + 1) / 2;
@@ -113,6 +113,18 @@ template <class T> constexpr int WIDTH = PACK_BYTES / sizeof(T);  // numbers in 
 
 template <class T> RUNG_INLINE Pack<T> load(const T* p) { return *(const typename PackOf<T>::unaligned*)p; }
 template <class T> RUNG_INLINE void store(T* p, Pack<T> v) { *(typename PackOf<T>::unaligned*)p = v; }
+
+// Reads a pack that several instructions use, here and once: the compiler would make it an operand in memory of each of them
+// or read it ahead of a loop that has no register for it.
+template <class T> RUNG_INLINE Pack<T> load_once(const T* p) {
+  Pack<T> v = load(p);
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(v));
+#endif
+  return v;
+}
 
 // Lanes whose number has the bit STEP become sums of b's, the others of a's: lane i of the result is a[i] + a[i ^ STEP] or
 // b[i] + b[i ^ STEP]. One blend and one shuffle, where sums of two shuffles would take both from the only unit that shuffles.

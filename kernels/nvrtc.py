@@ -57,7 +57,7 @@ def prepare(device: torch.device) -> str:
         _Module("prepare", device, _compile('extern "C" __global__ void nothing() {}', "nothing.cu", [], arch, []))
     except RuntimeError as error:
         raise Unavailable(str(error)) from error
-    return f"CUDA, compiled by NVRTC {'.'.join(map(str, _version()))} for {arch}"
+    return f"CUDA, compiled by NVRTC {_version()} for {arch}"
 
 
 def aligned(tensor: Tensor | None) -> Tensor | None:
@@ -87,10 +87,9 @@ def architecture(device: torch.device) -> str:
     known = _checked("NVRTC", _nvrtc().nvrtcGetSupportedArchs())
     if (own := 10 * major + minor) in known:
         return f"sm_{own}"
-    older = [arch for arch in known if arch < own]
-    if not older or own < min(known):
-        raise Unavailable(f"NVRTC {_version()} does not compile for this device (compute capability {major}.{minor})")
-    return f"compute_{max(older)}"
+    if older := [arch for arch in known if arch < own]:
+        return f"compute_{max(older)}"
+    raise Unavailable(f"NVRTC {_version()} does not compile for compute capability {major}.{minor}")
 
 
 def compile_op(op: str, arch: str, macros: Mapping[str, object]) -> bytes:
@@ -131,7 +130,7 @@ def _compile(source: str, name: str, headers: list[Path], arch: str, defines: li
 def _cached(op: str, arch: str, macros: Mapping[str, object]) -> bytes:
     """Return the code from the cache; compile it at first use, in one process if several ask."""
     defines = _defines(macros)
-    words = (arch, str(_version()), *defines)
+    words = (arch, _version(), *defines)
     digest = library.source_digest([KERNELS / op / "cuda.cu", *_headers(op)], *words)
     label = "-".join([op, *(f"{name}{value}" for name, value in sorted(macros.items())), arch])
     path = library.cache_dir() / f"{label}-{digest}.cubin"
@@ -229,9 +228,9 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-def _version() -> tuple[int, int]:
-    status, major, minor = _nvrtc().nvrtcVersion()
-    return major, minor
+def _version() -> str:
+    _, major, minor = _nvrtc().nvrtcVersion()
+    return f"{major}.{minor}"
 
 
 def _checked(library_name: str, answer: tuple[Any, ...]) -> Any:

@@ -86,6 +86,7 @@ def _dry_run(config: PretrainConfig, world: int) -> None:
     print(describe(plan, config))
     potential = make_potential(plan)
     print(f"{sum(parameter.numel() for parameter in potential.parameters())} parameters")
+    print(f"kernels {potential.kernels()}")
     for name, task in zip(plan.task_names, plan.tasks, strict=True):
         structure = next(epoch_structures(task.dataset, task.fidelity, "train"))
         potential.check_domain(structure.numbers.tolist(), task.fidelity, structure.charge, structure.multiplicity)

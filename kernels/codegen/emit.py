@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from rung.kernels.codegen.tape import Expression, Node, Tape
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine operation: a sum, a product, a fused product and sum, or a function; `reads` are its operands."""
+    """One machine operation: a sum, a product, or a product and a sum fused."""
 
     number: int  # of the tape's operation that it computes
     text: str
-    reads: tuple[int, ...]  # the operands that are instructions, not inputs or constants
+    reads: tuple[int, ...]  # the operands, but inputs and constants
 
 
 class Program:
@@ -82,28 +82,35 @@ def _needed(tape: Tape, outputs: Sequence[int]) -> list[int]:
     return sorted(needed)
 
 
+def _fused(tape: Tape, needed: Sequence[int], outputs: set[int], users: dict[int, list[int]]) -> dict[int, int]:
+    """Return the product that each sum computes itself: one that occurs only in sums, each of which fuses it."""
+    nodes = tape.nodes
+    fused: dict[int, int] = {}
+    for number in reversed(needed):
+        readers = users[number]
+        if nodes[number].op != "*" or number in outputs or len(set(readers)) < len(readers):
+            continue
+        if all(nodes[reader].op == "+" and reader not in fused for reader in readers):
+            fused |= dict.fromkeys(readers, number)
+    return fused
+
+
 def _select(tape: Tape, needed: Sequence[int], outputs: set[int]) -> list[Instruction]:
-    """Return the instructions: a product is fused with the sums that it occurs in when it occurs nowhere else."""
+    """Return the instructions: one for each operation but the products that are parts of others."""
     nodes = tape.nodes
     users: defaultdict[int, list[int]] = defaultdict(list)
     for number in needed:
         for operand in nodes[number].operands:
             users[operand].append(number)
-    fused: dict[int, int] = {}  # sum -> the product that it computes itself
-    absorbed: set[int] = set()
-    for number in reversed(needed):
-        readers = users[number]
-        if nodes[number].op == "*" and number not in outputs and len(set(readers)) == len(readers) > 0:
-            if all(nodes[reader].op == "+" and reader not in fused for reader in readers):
-                fused |= dict.fromkeys(readers, number)
-                absorbed.add(number)
+    fused = _fused(tape, needed, outputs, users)
+    absorbed = set(fused.values())
 
     def name(number: int) -> str:
         node = nodes[number]
         return {"constant": f"T({node.value!r})", "input": node.place}.get(node.op, f"t{number}")
 
     def product(number: int) -> tuple[str, tuple[int, ...]]:
-        """Return the sign and the factors of a product; -1 (a b) is computed as one with -(a b)."""
+        """Return the sign and the factors of a product; -1 (a b) becomes -(a b)."""
         a, b = nodes[number].operands
         if nodes[a].value != -1:
             return "", (a, b)
@@ -113,24 +120,21 @@ def _select(tape: Tape, needed: Sequence[int], outputs: set[int]) -> list[Instru
         return "-", (b,)
 
     instructions: list[Instruction] = []
-    for number in reversed(needed):
+    for number in reversed(needed):  # users first: they say what they absorb
         node = nodes[number]
         if number in absorbed or node.op in ("constant", "input"):
             continue
-        reads = node.operands
         if number in fused:
-            first, second = reads
-            whole = second if first == fused[number] else first
+            (whole,) = (operand for operand in node.operands if operand != fused[number])
             sign, factors = product(fused[number])
             text = f"{name(whole)} {sign or '+'} {' * '.join(map(name, factors))}"
             reads = (whole, *factors)
         elif node.op == "*":
             sign, reads = product(number)
             text = sign + " * ".join(map(name, reads))
-        elif node.op == "+":
-            text = " + ".join(map(name, reads))
         else:
-            text = f"{node.op}({', '.join(map(name, reads))})"
+            reads = node.operands
+            text = " + ".join(map(name, reads))
         values = tuple(k for k in dict.fromkeys(reads) if nodes[k].op not in ("constant", "input"))
         instructions.append(Instruction(number, text, values))
     return instructions[::-1]
@@ -139,32 +143,26 @@ def _select(tape: Tape, needed: Sequence[int], outputs: set[int]) -> list[Instru
 def _ordered(instructions: Sequence[Instruction]) -> list[Instruction]:
     """Return the instructions in an order that keeps few values alive, so that few leave the registers.
 
-    From the last to the first: of those whose users all have their places, take one that frees its own register and
-    needs the fewest new ones; of equals, the one whose user came last.
+    From the last to the first: of those whose users all have their places, take one that needs the fewest new values
+    and, if it can, frees its own; of equals, the last.
     """
     by_number = {instruction.number: instruction for instruction in instructions}
-    users_left: defaultdict[int, int] = defaultdict(int)
-    for instruction in instructions:
-        for read in instruction.reads:
-            users_left[read] += 1
-    age = {instruction.number: 0 for instruction in instructions}
-    ready = {instruction.number for instruction in instructions if users_left[instruction.number] == 0}
+    users_left = Counter(read for instruction in instructions for read in instruction.reads)
+    ready = {instruction.number for instruction in instructions if not users_left[instruction.number]}
     alive: set[int] = set()
     order: list[Instruction] = []
 
-    def cost(number: int) -> tuple[int, int, int]:
-        new = sum(read not in alive for read in by_number[number].reads)
-        return new - (number in alive), -age[number], -number
+    def cost(number: int) -> tuple[int, int]:
+        return sum(read not in alive for read in by_number[number].reads) - (number in alive), -number
 
     while ready:
         number = min(ready, key=cost)
         ready.remove(number)
         alive.discard(number)
         order.append(by_number[number])
+        alive.update(by_number[number].reads)
         for read in by_number[number].reads:
-            alive.add(read)
-            age[read] = len(order)
             users_left[read] -= 1
-            if users_left[read] == 0:
+            if not users_left[read]:
                 ready.add(read)
     return order[::-1]

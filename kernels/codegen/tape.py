@@ -52,7 +52,7 @@ class Tape:
 
 
 class Expression:
-    """A value on the tape. Sums and products are simplified: constants folded and moved to the front, operands sorted."""
+    """A value on the tape. Sums and products are simplified: constants are folded and come first, operands sorted."""
 
     __slots__ = ("tape", "number")
 

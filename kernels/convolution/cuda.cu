@@ -1,5 +1,5 @@
-// The convolution and its first and second derivatives on a GPU; reference.py is the definition. For an edge i <- j with
-// scalars s and harmonics Y, features x and vectors w of j, and the cotangent B of A[i]:
+// The convolution and its first and second derivatives on a GPU; reference.py is the definition. For an edge i <- j
+// with scalars s and harmonics Y, features x and vectors w of j, and the cotangent B of A[i]:
 //
 //   u = sum_k Y_1k w_k / sqrt(3),  R0_l, R1_l, R2 = sum_n (weights_nl, axial_nl, identity_n) s_n,  q_l = sum_m Y_m B_m
 //   A_m = sum_edges P_l Y_m + [l = 1] R2 w_m,  P_l = R0_l x + R1_l u
@@ -8,8 +8,8 @@
 // `backward` is its gradient, `backward2` the gradient of its derivative along the cotangents (ts, tY, tx, tw).
 //
 // A warp has a receiver or a share of them and 32 V channels; it keeps its sums in registers and no other warp adds to
-// them: no atomics, no shared memory, no barriers, and results are bitwise repeatable. Sums over the edges of a sender go
-// through one row for each edge (sum_rows). The caller sums over channel blocks and over shares of receivers.
+// them: no atomics, no shared memory, no barriers, and results are bitwise repeatable. Sums over the edges of a sender
+// go through one row for each edge (sum_rows). The caller sums over channel blocks and over shares of receivers.
 //
 // Macros: RUNG_REAL float or double; RUNG_C, RUNG_R, RUNG_L channels, radial functions, l_max; RUNG_VECTORS 0 or 1;
 // RUNG_WIDE, RUNG_MIDDLE, RUNG_NARROW the channels V of a lane, the fewer the more registers a kernel needs for each.
@@ -21,7 +21,9 @@ namespace rung {
 // As many edges as leave room in the registers.
 constexpr bool CROWDED = sizeof(T) == 8 || (VECTORS && R > 8);
 constexpr int BATCH = CROWDED ? 1 : VECTORS ? 2 : 4, BATCH2 = CROWDED ? 1 : 2;
-constexpr int RESIDENT = VECTORS || R > 8 ? 0 : 10;  // warps on a multiprocessor, 0: as the compiler finds best
+// Warps of backward_basis that a multiprocessor should hold, 0 for as many as the compiler finds best: it spills where
+// it aims for more than these.
+constexpr int RESIDENT = RUNG_WIDE < 4 ? 0 : VECTORS || R > 8 ? 8 : 10;
 
 // A block has a share of the receivers and, in its outputs, a place of its own; each warp has one degree.
 template <bool SECOND>
@@ -54,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(WARP * DEGREES) forward(Inputs in, 
   if constexpr (DEGREES > 3) if (l == 3) return sum_messages<3, V>(in, blockIdx.x, A);
 }
 
-// Grid (receivers, channel blocks); one warp, so that a receiver with many edges holds up no other.
+// Grid (receivers, channel blocks, parts of a receiver's edges); one warp, so that a long row holds up no other.
 extern "C" __global__ void __launch_bounds__(WARP, RESIDENT)
     backward_basis(Inputs in, long long E, const T* gA, Outputs out) {
   out.enter_channel_block(E);
@@ -66,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
   Gradients<false, RUNG_NARROW, BATCH>::run(in, gA, blockIdx.x, out);
 }
 
+// Grid (receivers, channel blocks).
 extern "C" __global__ void __launch_bounds__(WARP)
     backward2_basis(Inputs in, Cotangents t, long long E, const T* gA, T* d_gA, Outputs out) {
   out.enter_channel_block(E);
@@ -77,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
   Gradients2<false, RUNG_NARROW, BATCH2>::run(in, t, gA, blockIdx.x, d_gA, out);
 }
 
-// Grid (shares of the receivers, channel blocks); a warp for each degree, and with vectors one for the identity weights.
+// Grid (shares of the receivers, channel blocks); a warp for each degree, with vectors one for the identity weights.
 extern "C" __global__ void __launch_bounds__(WARP * (DEGREES + VECTORS))
     backward_weights(Inputs in, long long N, const T* gA, T* weights, T* axial, T* identity) {
   sum_all_weights<false>(in, Cotangents{}, N, gA, weights, axial, identity);

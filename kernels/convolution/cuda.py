@@ -14,7 +14,9 @@ from rung.kernels.edges import Edges
 from rung.kernels.nvrtc import aligned
 
 _WARP = 32
-_RECEIVERS = 8  # whose weight gradients are added up in one sum, for few sums and for their rounding errors
+_MANY_WARPS = 8192  # a large GPU holds about 2000: that many, so that the last ones do not leave it empty for long
+_MAX_PARTS = 4  # of a receiver's edges, where there are fewer receivers than that
+_RECEIVERS = 4  # whose weight gradients are added up in one sum: enough sums to fill a GPU, and small rounding errors
 _MAX_SUMS = 1024
 _ROW_BLOCK = 128  # threads
 
@@ -47,9 +49,14 @@ class _Call:
         macros |= {"VECTORS": int(self.has_vectors), "WIDE": wide, "MIDDLE": middle, "NARROW": narrow}
         self.kernels = nvrtc.load("convolution", x.device, macros)
 
-    def receivers(self, name: str, blocks: int, *arguments: nvrtc.Argument) -> None:
+    def backward(self, name: str, blocks: int, *arguments: nvrtc.Argument) -> None:
+        """Launch a kernel of one warp for each receiver or part of its edges, and each block of channels."""
+        parts = min(_MAX_PARTS, -(-_MANY_WARPS // max(1, self.N * blocks)))
+        self.kernels.launch(name, (self.N, blocks, parts), _WARP, self.inputs, *arguments)
+
+    def backward2(self, name: str, *arguments: nvrtc.Argument) -> None:
         """Launch a kernel of one warp for each receiver and block of channels."""
-        self.kernels.launch(name, (self.N, blocks), _WARP, self.inputs, *arguments)
+        self.kernels.launch(name, (self.N, self.narrow), _WARP, self.inputs, *arguments)
 
     def rows(self, *width: int) -> Tensor:
         return self.x.new_empty(self.E, *width, self.C)
@@ -127,9 +134,9 @@ def backward(
     if need[0] or need[1]:
         g_radial, g_harmonics = call.basis(call.wide)
         outputs = (g_radial, g_harmonics, x_rows, w_rows)
-        call.receivers("backward_basis", call.wide, call.E, B, outputs)
+        call.backward("backward_basis", call.wide, call.E, B, outputs)
     elif need[2] or need[4]:
-        call.receivers("backward_rows", call.narrow, B, (None, None, x_rows, w_rows))
+        call.backward("backward_rows", call.narrow, B, (None, None, x_rows, w_rows))
     sums = _Weights()
     if need[3] or need[5] or need[6]:
         sums = _Weights(*call.weight_sums("backward_weights", call.N, B))
@@ -163,9 +170,9 @@ def backward2(
     if need[1] or need[2]:
         d_radial, d_harmonics = call.basis(call.narrow)
         outputs = (d_radial, d_harmonics, x_rows, w_rows)
-        call.receivers("backward2_basis", call.narrow, cotangents, call.E, B, d_gA, outputs)
+        call.backward2("backward2_basis", cotangents, call.E, B, d_gA, outputs)
     elif need[0] or need[3] or need[5]:
-        call.receivers("backward2_rows", call.narrow, cotangents, B, d_gA, (None, None, x_rows, w_rows))
+        call.backward2("backward2_rows", cotangents, B, d_gA, (None, None, x_rows, w_rows))
     sums = _Weights()
     if need[4] or need[6] or need[7]:
         sums = _Weights(*call.weight_sums("backward2_weights", cotangents, call.N, B))

@@ -38,34 +38,34 @@ template <class T, int ROWS, int COUNT>
 RUNG_INLINE void radial_sums(const T* w, const T* const* s, Pack<T> (*r)[COUNT]) {
   RUNG_UNROLL for (int n = 0; n < R; n++)
     RUNG_UNROLL for (int k = 0; k < COUNT; k++) {
-      const Pack<T> weights = load(w + k * COLUMN<T> + n * WIDTH<T>);
+      const Pack<T> weights = load_once(w + k * COLUMN<T> + n * WIDTH<T>);
       RUNG_UNROLL for (int i = 0; i < ROWS; i++) r[i][k] = n ? r[i][k] + weights * s[i][n] : weights * s[i][n];
     }
 }
 
-// For one column: r[i] = sum_n w[n] s[i][n] and g_s[i][n] += w[n] d[i].
-template <class T, int ROWS>
-RUNG_INLINE void radial_gradients(const T* w, const T* const* s, const Pack<T>* d, Pack<T>* r, Pack<T> (*g_s)[R]) {
-  RUNG_UNROLL for (int n = 0; n < R; n++) {
-    const Pack<T> weights = load(w + n * WIDTH<T>);
-    RUNG_UNROLL for (int i = 0; i < ROWS; i++) {
-      r[i] = n ? r[i] + weights * s[i][n] : weights * s[i][n];
-      g_s[i][n] += weights * d[i];
+// g_s[i][n] += sum_k w[k][n] d[i][k] for COUNT columns; the packs of d[i] begin at d + i * stride.
+template <class T, int ROWS, int COUNT>
+RUNG_INLINE void radial_gradients(const T* w, const T* d, int64_t stride, Pack<T> (*g_s)[R]) {
+  RUNG_UNROLL for (int k = 0; k < COUNT; k++) {
+    Pack<T> column[ROWS];
+    RUNG_UNROLL for (int i = 0; i < ROWS; i++) column[i] = load_once(d + i * stride + k * WIDTH<T>);
+    RUNG_UNROLL for (int n = 0; n < R; n++) {
+      const Pack<T> weights = load_once(w + k * COLUMN<T> + n * WIDTH<T>);
+      RUNG_UNROLL for (int i = 0; i < ROWS; i++) g_s[i][n] += weights * column[i];
     }
   }
 }
 
-// q = sum_m Y_m B_m for the harmonics of degree l; B_m is `B(m)`.
-template <class T, class Get> RUNG_INLINE Pack<T> project(int l, const T* Y, Get B) {
-  Pack<T> q = B(l * l) * Y[l * l];
-  RUNG_UNROLL for (int m = l * l + 1; m < (l + 1) * (l + 1); m++) q += B(m) * Y[m];
-  return q;
-}
-
-// A_m += P_l Y_m
-template <class T> RUNG_INLINE void spread(const Pack<T>* P, const T* Y, Pack<T>* A) {
-  RUNG_UNROLL for (int l = 0; l < DEGREES; l++)
-    RUNG_UNROLL for (int m = l * l; m < (l + 1) * (l + 1); m++) A[m] += P[l] * Y[m];
+// q[i][l] = sum_m Y[i][m] B_m; the degrees take turns, so that no sum waits for its last term. B_m is `B(m)`.
+template <class T, int ROWS, class Get> RUNG_INLINE void project(const T* const* Y, Get B, Pack<T> (*q)[DEGREES]) {
+  RUNG_UNROLL for (int k = 0; k < 2 * DEGREES - 1; k++)
+    RUNG_UNROLL for (int l = k / 2 + k % 2; l < DEGREES; l++) {
+      const Pack<T> B_m = B(l * l + k);
+      RUNG_UNROLL for (int i = 0; i < ROWS; i++) {
+        const T Y_m = Y[i][l * l + k];
+        q[i][l] = k ? q[i][l] + B_m * Y_m : B_m * Y_m;
+      }
+    }
 }
 
 // The three components of an atom's vectors: w_k is C numbers after w_{k-1}.

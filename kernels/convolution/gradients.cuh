@@ -1,6 +1,6 @@
-// Gradients with respect to the edges' scalars and harmonics and the senders' features, and the gradients of those: a warp
-// has one receiver and all degrees. BASIS: the scalars and harmonics too, else only rows of x and w. Edges are taken in
-// steps of BATCH, which share each read of the weights.
+// Gradients with respect to the edges' scalars and harmonics and the senders' features, and the gradients of those: a
+// warp has all degrees of one receiver, or, for what are results of single edges, of a part of its edges. BASIS: the
+// scalars and harmonics too, else only rows of x and w. The edges of a BATCH share each read of the weights.
 #pragma once
 #include "edge.cuh"
 
@@ -100,9 +100,12 @@ template <bool BASIS, int V, int BATCH> struct Gradients {
   }
 
   static RUNG_INLINE void run(const Inputs& in, const T* gA, long long receiver, const Outputs& out) {
+    const int row = in.row_ptr[receiver], count = in.row_ptr[receiver + 1] - row, parts = gridDim.z;
+    const int first = row + count * (int)blockIdx.z / parts, end = row + count * ((int)blockIdx.z + 1) / parts;
+    if (first == end) return;
     Gradients g(in, gA, receiver);
-    const int place = sum_place<R + L>(threadIdx.x % WARP), end = in.row_ptr[receiver + 1];
-    for (int begin = in.row_ptr[receiver]; begin < end; begin += BATCH) {
+    const int place = sum_place<R + L>(threadIdx.x % WARP);
+    for (int begin = first; begin < end; begin += BATCH) {
       g.read(begin, end);
       RUNG_UNROLL for (int l = 0; l < DEGREES; l++) g.add_degree(l);
       if constexpr (VECTORS) g.add_identity();

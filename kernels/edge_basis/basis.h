@@ -20,7 +20,7 @@ template <class F> RUNG_INLINE F root(F x) {
 // sum_k (-z)^k / prod_{j<=k} 2j (2j + ODD) for z <= (pi/2)^2, to the precision of T. ODD: -1 cos(a), 1 sin(a)/a,
 // 3 -3 (sin(a)/a)'/a, where a = sqrt(z).
 template <int ODD, class F, class T> RUNG_INLINE F series(F z) {
-  F sum = z * T(0) + T(1);
+  F sum = F{} + T(1);
   RUNG_UNROLL for (int k = sizeof(T) == 4 ? 6 : 10; k > 0; k--) sum = T(1) - z * T(1.0 / (2 * k * (2 * k + ODD))) * sum;
   return sum;
 }
@@ -30,7 +30,7 @@ constexpr double PI = 3.14159265358979323846;
 template <class T> RUNG_INLINE T wave_number(T cutoff) { return T(PI) / cutoff; }
 
 template <class F, class T> RUNG_INLINE F smaller(F x, T bound) {
-  const F bounds = x * T(0) + bound;
+  const F bounds = F{} + bound;
   return x < bounds ? x : bounds;
 }
 
@@ -50,8 +50,8 @@ template <class F> struct Direction {
 
 // sin(nu theta)/theta for nu = 1..R, theta = pi d/r_c (r_c beyond it), by
 //   F_(i+j) = F_i c_j + c_i F_j,   c_(i+j) = c_i c_j - theta^2 F_i F_j,   c_nu = cos(nu theta),
-// with i and j as equal as can be: an error then grows with log(nu), and never by a division by a small theta. The first
-// derivatives are theta H_nu, with H_(i+j) = H_i c_j + c_i H_j - (i + j) F_i F_j; the second ones -nu^2 F_nu - 2 H_nu.
+// with i and j as equal as can be, which keeps errors small, and without dividing by a small theta. First derivatives
+// are theta H_nu, with H_(i+j) = H_i c_j + c_i H_j - (i + j) F_i F_j; second derivatives are -nu^2 F_nu - 2 H_nu.
 template <int R, bool DERIVATIVES, class F, class T> struct Waves {
   F theta, sine[R + 1], slope[R + 1];  // F and H, from index 1
 

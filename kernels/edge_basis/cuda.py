@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rung.kernels import nvrtc
+from rung.kernels.nvrtc import aligned
 
 _THREADS = 128  # of a block, one for each edge: THREADS in cuda.cu
 _C_REAL: dict[torch.dtype, type[ctypes.c_float | ctypes.c_double]] = {
@@ -41,7 +42,7 @@ def backward(
 ) -> Tensor:
     """Return the gradient of the vectors [E, 3]; no cotangent (None) means zero."""
     g_vectors = torch.empty_like(vectors)
-    _launch("backward", num_radial, l_max, cutoff, vectors, g_radial, g_harmonics, g_vectors)
+    _launch("backward", num_radial, l_max, cutoff, vectors, aligned(g_radial), aligned(g_harmonics), g_vectors)
     return g_vectors
 
 
@@ -59,6 +60,6 @@ def backward2(
     d_g_radial = vectors.new_empty(vectors.shape[0], num_radial)
     d_g_harmonics = vectors.new_empty(vectors.shape[0], (l_max + 1) ** 2)
     d_vectors = torch.empty_like(vectors) if need_vectors else None
-    tensors = (g_radial, g_harmonics, t, d_g_radial, d_g_harmonics, d_vectors)
+    tensors = (aligned(g_radial), aligned(g_harmonics), t, d_g_radial, d_g_harmonics, d_vectors)
     _launch("backward2", num_radial, l_max, cutoff, vectors, *tensors)
     return d_g_radial, d_g_harmonics, d_vectors

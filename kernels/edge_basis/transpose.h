@@ -7,20 +7,23 @@
 
 namespace rung {
 
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
 #define RUNG_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else  // g++ before 12
+#endif
+#endif
+#ifndef RUNG_SHUFFLE  // g++ before 12
 template <class T> struct Mask;
 template <> struct Mask<float> { typedef int32_t type __attribute__((vector_size(PACK_BYTES))); };
 template <> struct Mask<double> { typedef int64_t type __attribute__((vector_size(PACK_BYTES))); };
 #define RUNG_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename Mask<T>::type{__VA_ARGS__})
 #endif
 
-// The lanes of a followed by those of b: numbers PICK(0), PICK(1), ...
-#define RUNG_PICK(name, expression)                                                             \
+// A pack of the lanes number expression(0), expression(1), ... of a followed by b.
+#define RUNG_PICK(name, expression)                                                                              \
   template <class T, int... j> RUNG_INLINE Pack<T> name(Pack<T> a, Pack<T> b, std::integer_sequence<int, j...>) { \
-    [[maybe_unused]] constexpr int W = WIDTH<T>;                                                \
-    return RUNG_SHUFFLE(a, b, (expression)...);                                                 \
+    [[maybe_unused]] constexpr int W = WIDTH<T>;                                                                  \
+    return RUNG_SHUFFLE(a, b, (expression)...);                                                                   \
   }
 RUNG_PICK(zip_low, (j % 2 ? W : 0) + j / 2)
 RUNG_PICK(zip_high, (j % 2 ? W : 0) + W / 2 + j / 2)
@@ -32,8 +35,8 @@ template <class T> using Order = std::make_integer_sequence<int, WIDTH<T>>;
 
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-// P packs, P a power of two, become the same numbers with the pack index varying fastest: each step moves the highest bit
-// of a number's place to the lowest.
+// P packs, P a power of two, become the same numbers with the pack index varying fastest: each step moves the highest
+// bit of a number's place to the lowest.
 template <class T, int P> RUNG_INLINE void interleave(Pack<T>* packs) {
   RUNG_UNROLL for (int step = 1; step < P; step *= 2) {
     Pack<T> from[P];

@@ -28,33 +28,44 @@ template <class T> struct Output {
   RUNG_INLINE Element<T> operator[](int row) const { return {start + row * C}; }
 };
 
-// Calls function(atom, first channel) for every pack.
-template <class T, class Function> void each_pack(int64_t N, int64_t C, int threads, Function function) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < N; i++)
-    for (int64_t c = 0; c < C; c += WIDTH<T>) function(i, c);
+// Fetches a part of an array's rows of the next atom while a pack of this one is computed: the processor does not
+// foresee the packs' strided access in several arrays. Past the end of the array this does nothing.
+template <int ROWS, class T> RUNG_INLINE void fetch_ahead(const T* array, int64_t i, int64_t c, int64_t C) {
+  const T* part = array + ((i + 1) * C + c) * ROWS;
+  RUNG_UNROLL for (int k = 0; k < ROWS; k++) __builtin_prefetch(part + k * WIDTH<T>);
 }
 
 template <class T> void value(int64_t N, int64_t C, int threads, const T* A, T* I) {
-  each_pack<T>(N, C, threads, [=](int64_t i, int64_t c) {
-    RUNG_NAME(invariants_, RUNG_L)<Pack<T>, T>(Input<T>{A + i * L * C + c, C}, Output<T>{I + i * K * C + c, C});
-  });
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < N; i++)
+    for (int64_t c = 0; c < C; c += WIDTH<T>) {
+      const int64_t l = i * L * C + c, k = i * K * C + c;
+      fetch_ahead<L>(A, i, c, C), fetch_ahead<K>(I, i, c, C);
+      RUNG_NAME(invariants_, RUNG_L)<Pack<T>, T>(Input<T>{A + l, C}, Output<T>{I + k, C});
+    }
 }
 
 template <class T> void backward(int64_t N, int64_t C, int threads, const T* A, const T* g, T* gA) {
-  each_pack<T>(N, C, threads, [=](int64_t i, int64_t c) {
-    const int64_t l = i * L * C + c, k = i * K * C + c;
-    RUNG_NAME(invariants_backward_, RUNG_L)<Pack<T>, T>(Input<T>{A + l, C}, Input<T>{g + k, C}, Output<T>{gA + l, C});
-  });
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < N; i++)
+    for (int64_t c = 0; c < C; c += WIDTH<T>) {
+      const int64_t l = i * L * C + c, k = i * K * C + c;
+      fetch_ahead<L>(A, i, c, C), fetch_ahead<K>(g, i, c, C), fetch_ahead<L>(gA, i, c, C);
+      RUNG_NAME(invariants_backward_, RUNG_L)<Pack<T>, T>(Input<T>{A + l, C}, Input<T>{g + k, C}, Output<T>{gA + l, C});
+    }
 }
 
 template <class T>
 void backward2(int64_t N, int64_t C, int threads, const T* A, const T* g, const T* u, T* dg, T* dA) {
-  each_pack<T>(N, C, threads, [=](int64_t i, int64_t c) {
-    const int64_t l = i * L * C + c, k = i * K * C + c;
-    RUNG_NAME(invariants_backward2_, RUNG_L)<Pack<T>, T>(
-        Input<T>{A + l, C}, Input<T>{g + k, C}, Input<T>{u + l, C}, Output<T>{dg + k, C}, Output<T>{dA + l, C});
-  });
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < N; i++)
+    for (int64_t c = 0; c < C; c += WIDTH<T>) {
+      const int64_t l = i * L * C + c, k = i * K * C + c;
+      fetch_ahead<L>(A, i, c, C), fetch_ahead<K>(g, i, c, C), fetch_ahead<L>(u, i, c, C);
+      fetch_ahead<K>(dg, i, c, C), fetch_ahead<L>(dA, i, c, C);
+      RUNG_NAME(invariants_backward2_, RUNG_L)<Pack<T>, T>(
+          Input<T>{A + l, C}, Input<T>{g + k, C}, Input<T>{u + l, C}, Output<T>{dg + k, C}, Output<T>{dA + l, C});
+    }
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the host, one fiber for each thread of a block, to test the very source that the GPU runs.
 //
 // A fiber runs until it waits at a barrier or a shuffle, and each warp as far as it can before the next one starts, in
-// ascending or descending order: without a barrier that it needs, a kernel reads shared memory that nobody wrote yet. That
-// memory is poisoned before each block. A barrier that not all threads reach is an error.
+// ascending or descending order: without a barrier that it needs, a kernel reads shared memory that nobody wrote yet.
+// That memory is poisoned before each block. A barrier that not all threads reach is an error.
 #pragma once
 #include <ucontext.h>
 
@@ -21,10 +21,11 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 extern "C" char __start_fiber_shared[] __attribute__((weak)), __stop_fiber_shared[] __attribute__((weak));
 
+// All of it static: inline variables would be one for all libraries that a process loads.
 namespace fibers {
 
 constexpr int WARP = 32;
@@ -42,16 +43,16 @@ struct Fiber {
   unsigned generation;  // of the barrier that it waits for
 };
 
-inline std::vector<Fiber> threads;
-inline std::vector<Barrier> warps;
-inline std::vector<double> exchanged;  // by shuffles; the widest type
-inline Barrier block;
-inline ucontext_t scheduler;
-inline int current;
-inline const std::function<void()>* body;
-inline bool descending;
+static std::vector<Fiber> threads;
+static std::vector<Barrier> warps;
+static std::vector<double> exchanged;  // by shuffles; the widest type
+static Barrier block;
+static ucontext_t scheduler;
+static int current;
+static const std::function<void()>* body;
+static bool descending;
 
-inline void wait(Barrier& barrier) {
+static void wait(Barrier& barrier) {
   Fiber& fiber = threads[current];
   fiber.generation = barrier.generation;
   if (++barrier.arrived == barrier.size) {
@@ -64,14 +65,14 @@ inline void wait(Barrier& barrier) {
   fiber.waiting = nullptr;
 }
 
-inline void run_fiber() {
+static void run_fiber() {
   (*body)();
   threads[current].done = true;
   swapcontext(&threads[current].context, &scheduler);
 }
 
 // Runs the warp's threads as far as they go; returns whether any moved.
-inline bool run_warp(int warp) {
+static bool run_warp(int warp) {
   bool moved = false;
   for (bool again = true; again; moved |= again) {
     again = false;
@@ -88,7 +89,7 @@ inline bool run_warp(int warp) {
 }
 
 // Runs one block; returns false when threads are left that wait for ever.
-inline bool run_block() {
+static bool run_block() {
   const int num_threads = blockDim.x, num_warps = num_threads / WARP;
   if (__start_fiber_shared) memset(__start_fiber_shared, 0x7f, __stop_fiber_shared - __start_fiber_shared);
   block = {num_threads, 0, 0};
@@ -113,7 +114,7 @@ inline bool run_block() {
   return true;
 }
 
-inline int launch(const unsigned* grid, unsigned num_threads, const std::function<void()>& kernel) {
+static int launch(const unsigned* grid, unsigned num_threads, const std::function<void()>& kernel) {
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {num_threads, 1, 1};
   threadIdx = {0, 0, 0};
@@ -130,7 +131,7 @@ inline int launch(const unsigned* grid, unsigned num_threads, const std::functio
 template <class... A, size_t... I> void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
   kernel(*(A*)arguments[I]...);
 }
-template <class... A> int launch(const unsigned* grid, unsigned num_threads, void (*kernel)(A...), void** arguments) {
+template <class... A> static int launch(const unsigned* grid, unsigned num_threads, void (*kernel)(A...), void** arguments) {
   return launch(grid, num_threads, [=] { call(kernel, arguments, std::index_sequence_for<A...>()); });
 }
 
@@ -142,8 +143,8 @@ extern "C" void fibers_descending(int yes) { fibers::descending = yes; }
     return fibers::launch(grid, num_threads, name, arguments);                                   \
   }
 
-inline void __syncthreads() { fibers::wait(fibers::block); }
-inline void __syncwarp(unsigned = ~0u) { fibers::wait(fibers::warps[fibers::current / fibers::WARP]); }
+static void __syncthreads() { fibers::wait(fibers::block); }
+static void __syncwarp(unsigned = ~0u) { fibers::wait(fibers::warps[fibers::current / fibers::WARP]); }
 
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
   const int thread = fibers::current;

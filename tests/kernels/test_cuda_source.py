@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +124,58 @@ def test_without_a_device_the_kernels_are_unavailable() -> None:
             module.prepare(torch.device("cuda"), 8, 3)
 
 
+class Driver:
+    """Stands for `cuda.bindings.driver`: notes launches, and refuses the kernel `wrong`."""
+
+    def __init__(self) -> None:
+        self.launches: list[Any] = []
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[int, ...]]:
+        return lambda *arguments: (0, 1)
+
+    def CUstream(self, handle: int) -> int:
+        return handle
+
+    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[int, bytes]:
+        return 0, name
+
+    def cuLaunchKernel(self, *arguments: Any) -> tuple[int]:
+        self.launches.append(arguments[:9])
+        return (1 if arguments[0] == b"wrong" else 0,)
+
+    def cuGetErrorString(self, status: int) -> tuple[int, bytes]:
+        return 0, b"invalid argument"
+
+
+def test_launches_go_to_the_current_stream_and_errors_name_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(nvrtc, "_bindings", lambda name: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
+    module = nvrtc._Module("invariants", torch.device("cuda", 0), b"code")
+    module.launch("right", (0,), 128, torch.ones(3))
+    assert driver.launches == []
+    module.launch("right", (4, 2), 128, torch.ones(3))
+    assert driver.launches == [(b"right", 4, 2, 1, 128, 1, 1, 0, 5)]
+    shapes = r"7, float32 \[3\], \(None, int32 \[2\]\)"
+    with pytest.raises(
+        RuntimeError, match=f"invariants: wrong on cuda:0.* blocks of 32 .*{shapes}: .*invalid argument"
+    ):
+        module.launch("wrong", (4,), 32, 7, torch.ones(3), (None, torch.ones(2, dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("capability,expected", [((9, 0), "sm_90"), ((12, 9), "compute_121"), ((3, 5), "3.5")])
+def test_architecture(capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = SimpleNamespace(nvrtcGetSupportedArchs=lambda: (0, [80, 90, 121]), nvrtcVersion=lambda: (0, 13, 0))
+    monkeypatch.setattr(nvrtc, "_nvrtc", lambda: bindings)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if expected == "3.5":
+        with pytest.raises(Unavailable, match="NVRTC 13.0 does not compile for compute capability 3.5"):
+            nvrtc.architecture(torch.device("cuda"))
+    else:
+        assert nvrtc.architecture(torch.device("cuda")) == expected
+
+
 # ---- fibers
 
 
@@ -214,7 +268,7 @@ def as_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tenso
 
 
 CONVOLUTIONS = [  # R, l_max, C, with vectors; C = 144 takes two channel blocks of each width
-    pytest.param(8, 3, 48, True, torch.float32, id="vectors"),
+    pytest.param(8, 3, 48, True, torch.float32),
     *[
         pytest.param(*shape, dtype, marks=pytest.mark.slow)
         for shape in [(8, 3, 16, False), (5, 2, 144, False), (11, 3, 64, True), (4, 1, 16, True), (16, 3, 80, True)]
@@ -225,10 +279,19 @@ CONVOLUTIONS = [  # R, l_max, C, with vectors; C = 144 takes two channel blocks 
 
 @pytest.mark.usefixtures("fibers")
 @pytest.mark.parametrize("R,l_max,C,with_vectors,dtype", CONVOLUTIONS)
+@pytest.mark.parametrize("parts", [1, 3])
 def test_convolution(
-    R: int, l_max: int, C: int, with_vectors: bool, dtype: torch.dtype, random_graph: Callable[..., Edges]
+    R: int,
+    l_max: int,
+    C: int,
+    with_vectors: bool,
+    dtype: torch.dtype,
+    parts: int,
+    random_graph: Callable[..., Edges],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    edges = random_graph(num_atoms=7)
+    monkeypatch.setattr(convolution, "_MAX_PARTS", parts)
+    edges = random_graph(num_atoms=8)
     *tensors, A, first, second = convolution_case(edges, R, l_max, C, with_vectors)
     inputs, (gA,), t = (as_dtype(group, dtype) for group in (tensors[0], [tensors[1]], tensors[2]))
     assert_close([convolution.forward(*inputs, edges)], [A], dtype)
@@ -272,13 +335,17 @@ def test_convolution_without_edges(num_atoms: int) -> None:
 
 
 @pytest.mark.usefixtures("fibers")
-def test_convolution_takes_tensors_anywhere_in_memory(random_graph: Callable[..., Edges]) -> None:
+def test_tensors_may_begin_anywhere_in_memory(random_graph: Callable[..., Edges]) -> None:
+    def shifted(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].reshape(tensor.shape) for tensor in tensors]
+
     edges = random_graph(num_atoms=7)
-    inputs, *_ = convolution_case(edges, 8, 3, 48, True)
-    exact = [tensor.detach().float() for tensor in inputs]
-    shifted = [torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].reshape(tensor.shape) for tensor in exact]
-    found, expected = (convolution.forward(*tensors, edges) for tensors in (shifted, exact))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    inputs = [tensor.detach().float() for tensor in convolution_case(edges, 8, 3, 48, True)[0]]
+    found, expected = (convolution.forward(*tensors, edges) for tensors in (shifted(inputs), inputs))
+    assert torch.equal(found, expected)
+    inputs = [torch.ones(5, 3), torch.randn(5, 8), torch.randn(5, 16)]
+    found, expected = (edge_basis.backward(*tensors, CUTOFF, 8, 3) for tensors in (shifted(inputs), inputs))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.usefixtures("fibers")
@@ -385,7 +452,6 @@ def test_barriers_are_only_where_their_removal_is_tested() -> None:
         assert not BARRIER.search(header.read_text()), header
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", barriers("edge_basis"))
 def test_every_barrier_of_the_edge_basis_is_needed(number: int, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     source = (KERNELS / "edge_basis" / "cuda.cu").read_text()

