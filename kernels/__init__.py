@@ -18,6 +18,7 @@ order), l = l_max + 1 degrees, K invariants.
     memory.py           keep_freed_memory, for the large temporaries of the plain definitions on the CPU
     harmonics.py        the real harmonics as Cartesian tensors, from which the constant tables are made
     bench.py            times of everything beside the reference and torch.compile
+    measure.py          times and the machine's measured limits
     codegen/            tape differentiation -> the generated.h of the operations
     roofs/              the processor's measured peak
     lanes.h             the lane pack on which the mathematics of the native kernels is written

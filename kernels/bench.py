@@ -13,12 +13,9 @@ memory.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rung.kernels import Edges, VectorMessage, convolve, edge_basis, invariants, library, matmul, mix, use_backend
+from rung.kernels.measure import Timer, copy_bandwidth, peak_flops, processor
 from rung.kernels.memory import keep_freed_memory
 
 MOLECULES, ATOMS, NEIGHBOURS, CUTOFF = 64, 27, 20.0, 5.0
@@ -139,62 +137,6 @@ def vector_flops(edge_channels: int, R: int, degrees: int) -> tuple[float, float
     return edge_channels * forward, edge_channels * backward, edge_channels * double_backward
 
 
-class Timer:
-    """Best times in ms of functions that take turns; on a GPU by its events' clock."""
-
-    def __init__(self, device: str, repeats: int) -> None:
-        self.cuda = device != "cpu"
-        self.repeats = repeats
-
-    def __call__(self, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Return the best time of each function in ms."""
-        best = dict.fromkeys(functions, float("inf"))
-        for function in functions.values():
-            function()
-        for _ in range(self.repeats):
-            for name, function in functions.items():
-                best[name] = min(best[name], self._once(function))
-        return best
-
-    def _once(self, function: Callable[[], object]) -> float:
-        if self.cuda:
-            events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            start, end = events
-            torch.cuda.synchronize()
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            return float(start.elapsed_time(end))
-        start_time = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - start_time)
-
-
-def peak_flops(device: str) -> float:
-    """Return the measured rate of float32 operations per second: fused multiply-adds of all CPU threads' cores, or on a
-    GPU a large matrix product without tensor cores."""
-    if device != "cpu":
-        a = torch.randn(8192, 8192, device=device)
-        return 2 * 8192**3 / (Timer(device, 10)({"mm": lambda: a @ a})["mm"] * 1e-3)
-    function = library.load("roofs")("rung_multiply_add", torch.float32, "qipp")
-    flops, result = ctypes.c_double(), ctypes.c_double()
-    best = 0.0
-    for _ in range(10):
-        start = time.perf_counter()
-        function(5_000_000, 1, ctypes.addressof(flops), ctypes.addressof(result))
-        best = max(best, flops.value / (time.perf_counter() - start))
-    return best * torch.get_num_threads()
-
-
-def copy_bandwidth(device: str) -> float:
-    """Return the measured bytes per second of a large copy, read and written."""
-    source = torch.randn(64 << 20, device=device)
-    target = torch.empty_like(source)
-    ms = Timer(device, 10)({"copy": lambda: target.copy_(source)})["copy"]
-    return 2 * 4 * source.numel() / (ms * 1e-3)
-
-
 def phase_functions(case: Case, function: Callable[..., Any], *, twice: bool) -> dict[str, Callable[[], object]]:
     """Return what to time in each phase: the call, the gradients of the force call, and the gradients of those."""
     detached = [tensor.detach() for tensor in case.inputs]
@@ -273,7 +215,7 @@ def machine_line(device: str, command: Sequence[str]) -> Line:
     """Return what the figures depend on: commit, machine, measured roofs."""
     root = Path(__file__).parent.parent
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    name = torch.cuda.get_device_name() if device != "cpu" else _processor()
+    name = torch.cuda.get_device_name() if device != "cpu" else processor()
     return {
         "level": "machine",
         "command": " ".join(["python -m rung.kernels.bench", *command]),
@@ -285,14 +227,6 @@ def machine_line(device: str, command: Sequence[str]) -> Line:
         "peak_gflops": round(peak_flops(device) / 1e9, 1),
         "copy_gb_per_s": round(copy_bandwidth(device) / 1e9, 1),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def model_lines(channels: int, l_hidden: int, arguments: argparse.Namespace) -> list[Line]:

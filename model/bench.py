@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rung.data.batch import Batch
 from rung.kernels import Edges, VectorMessage, use_backend
-from rung.kernels.bench import ATOMS, CUTOFF, L_MAX, MOLECULES, NUM_RADIAL, Timer, molecules
+from rung.kernels.bench import ATOMS, CUTOFF, L_MAX, MOLECULES, NUM_RADIAL, molecules
+from rung.kernels.measure import Timer
 from rung.kernels.memory import keep_freed_memory
 from rung.model import layers, potential
 from rung.model.config import ModelConfig

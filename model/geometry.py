@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def forces_from(batch: Batch, gradient_E3: Tensor) -> Tensor:
 
     Atom i is where its own edges start and where their reverse edges end.
     """
-    pull_E3 = gradient_E3 - gradient_E3.index_select(0, batch.reverse)
+    pull_E3 = gradient_E3 - _of_reverse_edges(gradient_E3, batch.reverse)
     return _segment_sum(pull_E3, batch.row_ptr.long())
 
 
@@ -41,6 +42,24 @@ def stress_from(batch: Batch, vectors_E3: Tensor, gradient_E3: Tensor) -> Tensor
     volume_M = torch.linalg.det(batch.cell).abs()
     volume_M = torch.where(volume_M > 0, volume_M, math.nan)  # a molecule has no stress
     return (virial_M33 + virial_M33.transpose(1, 2)) / (2 * volume_M[:, None, None])
+
+
+class _Reverse(torch.autograd.Function):
+    """values[reverse], whose gradient is the same permutation: torch would add row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, reverse: Tensor) -> Tensor:
+        ctx.save_for_backward(reverse)
+        return values.index_select(0, reverse)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (reverse,) = ctx.saved_tensors
+        return _of_reverse_edges(gradients[0], reverse), None
+
+
+def _of_reverse_edges(values: Tensor, reverse: Tensor) -> Tensor:
+    return cast(Tensor, _Reverse.apply(values, reverse))  # type: ignore[no-untyped-call]
 
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
