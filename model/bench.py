@@ -125,21 +125,21 @@ def _flat_convolve(
     vectors: VectorMessage | None = None,
 ) -> Tensor:
     receivers, senders = edges.receivers.long(), edges.senders.long()
-    degrees = [degree for degree in range(weights_RlC.shape[1]) for _ in range(2 * degree + 1)]
     R, num_degrees, C = weights_RlC.shape
-    message_ElC = (radial_ER @ weights_RlC.flatten(1)).view(-1, num_degrees, C) * x_NC[senders][:, None]
+    message_ElC = (radial_ER @ weights_RlC.flatten(1)).view(-1, num_degrees, C) * x_NC.index_select(0, senders)[:, None]
     if vectors is not None:
-        w_E3C = vectors.w[senders]
+        w_E3C = vectors.w.index_select(0, senders)
         along_EC = (harmonics_EL[:, 1:4, None] * w_E3C).sum(1) / math.sqrt(3)
         axial_ElC = (radial_ER @ vectors.axial_weights.flatten(1)).view(-1, num_degrees, C)
         message_ElC = message_ElC + axial_ElC * along_EC[:, None]
-    message_ELC = harmonics_EL[:, :, None] * message_ElC[:, degrees]
-    A_NLC = message_ELC.new_zeros(x_NC.shape[0], len(degrees), C).index_add(0, receivers, message_ELC)
-    if vectors is None:
-        return A_NLC
-    identity_E3C = (radial_ER @ vectors.identity_weights)[:, None] * w_E3C
-    identity_N3C = identity_E3C.new_zeros(x_NC.shape[0], 3, C).index_add(0, receivers, identity_E3C)
-    return torch.cat([A_NLC[:, :1], A_NLC[:, 1:4] + identity_N3C, A_NLC[:, 4:]], dim=1)
+    parts = [
+        harmonics_EL[:, degree**2 : (degree + 1) ** 2, None] * message_ElC[:, degree : degree + 1]
+        for degree in range(num_degrees)
+    ]
+    if vectors is not None:
+        parts[1] = parts[1] + (radial_ER @ vectors.identity_weights)[:, None] * w_E3C
+    message_ELC = torch.cat(parts, dim=1)
+    return message_ELC.new_zeros(x_NC.shape[0], *message_ELC.shape[1:]).index_add(0, receivers, message_ELC)
 
 
 def _flat_invariants() -> Callable[[Tensor], Tensor]:

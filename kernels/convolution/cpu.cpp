@@ -1,14 +1,14 @@
 // The convolution and its first and second derivatives on a CPU: reference.py is the definition, edge.h has the formulas.
-// A thread has receivers of its own. For a few of them at a time the passes of passes.h go over the edges, one block of
-// channels after the other.
+// A thread has receivers of its own; it takes the passes of passes.h over a few of them at a time, and the pairs of edges of
+// basis.h for the gradients of the edge basis.
 
-#include "passes.h"
+#include "basis.h"
 
 namespace rung {
 namespace {
 
-constexpr int64_t CHUNK = 16;  // fewest edges that are worth a pass
-constexpr int64_t NEXT = 4;    // receivers after which the harmonics are needed that are fetched now
+constexpr int64_t CHUNK = 96;  // fewest edges that are worth a pass
+constexpr int BLOCKS = REGISTERS == 32 && R <= 8 ? 2 : 1;  // of channels in a pass that has registers for them
 
 // The weights as [C / WIDTH, COLUMNS, R, WIDTH].
 template <class T, bool VECTORS> Buffer<T> pack_weights(int64_t C, const Inputs<T>& in) {
@@ -24,299 +24,205 @@ template <class T, bool VECTORS> Buffer<T> pack_weights(int64_t C, const Inputs<
   return buffer;
 }
 
-// The edges of whole receivers, at least CHUNK of them unless the part ends.
-struct Chunk {
-  int64_t first, last, edge, num_edges;  // receivers first ... last - 1, their first edge
+// Divides a part's receivers into chunks with at least CHUNK edges, and prepares what passes read about a chunk's edges.
+template <class T, bool VECTORS> class Chunks {
+ public:
+  using Part = typename SenderSums<T>::Part;
 
-  Chunk(const Graph& graph, int64_t begin, int64_t end) : first(begin), last(begin + 1), edge(graph.row_ptr[begin]) {
-    while (last < end && graph.row_ptr[last] - edge < CHUNK) last++;
-    num_edges = graph.row_ptr[last] - edge;
-  }
-  // More edges than any chunk of these receivers has.
-  static int64_t most_edges(const Graph& graph, int64_t begin, int64_t end) {
+  Chunks(const Graph& graph, int64_t begin, int64_t end, Part g_x = {}, Part g_w = {})
+      : graph_(graph), end_(end), g_x_(g_x), g_w_(g_w) {
     int64_t most = 0;
     for (int64_t i = begin; i < end; i++) most = std::max<int64_t>(most, graph.row_ptr[i + 1] - graph.row_ptr[i]);
-    return most + CHUNK;
+    const int64_t edges = most + CHUNK;
+    from_.resize(edges + AHEAD), to_.resize(edges), zeros_.resize(edges);
+    if (VECTORS) rows_.resize(8 * edges * WIDTH<T>);
+    if (!g_x || !g_w) unwanted_.resize(3 * graph.C);
+    T* row = rows_.get();
+    for (T** place : {&rows.u, &rows.ut, &rows.gu, &rows.gut, &rows.q, &rows.qt, &rows.p, &rows.pt})
+      *place = row, row += VECTORS ? edges * WIDTH<T> : 0;
+    last = begin;
   }
+
+  // Goes on to the next chunk; false when there is none.
+  bool next() {
+    first = last;
+    if (first == end_) return false;
+    const int64_t begin = graph_.row_ptr[first], num_edges = graph_.row_ptr[graph_.N];
+    for (last = first + 1; last < end_ && graph_.row_ptr[last] - begin < CHUNK;) last++;
+    edges = graph_.row_ptr[last] - begin;
+    for (int64_t k = 0; k < (edges ? edges + AHEAD : 0); k++) from_[k] = graph_.senders[std::min(begin + k, num_edges - 1)] * graph_.C;
+    if (g_x_.by_edge || g_w_.by_edge)
+      for (int64_t k = 0; k < edges; k++) to_[k] = (begin + k) * graph_.C;
+    return true;
+  }
+
+  Pass<T, VECTORS> pass(const Inputs<T>& in, const Cotangents<T>& t, const T* weights, const T* gA, T* g_weights, int64_t c) {
+    const auto to = [&](const Part& g) { return !g ? zeros_.data() : g.by_edge ? to_.data() : from_.data(); };
+    const int64_t block = c * COLUMNS<VECTORS> * R;
+    return {graph_, in, t, first, last, from_.data(), (t.has_x ? from_ : zeros_).data(),
+            (t.has_w ? from_ : zeros_).data(), to(g_x_), to(g_w_), rows, gA, g_x_ ? g_x_.base : unwanted_.get(),
+            g_w_ ? g_w_.base : unwanted_.get(), g_weights ? g_weights + block : nullptr, weights + block, c};
+  }
+
+  int64_t first, last, edges;
+
+ private:
+  const Graph& graph_;
+  int64_t end_;
+  Part g_x_, g_w_;
+  std::vector<int64_t> from_, to_, zeros_;
+  Buffer<T> rows_, unwanted_;
+  Rows<T> rows;
 };
 
-// f(count, c) for the blocks of channels, BLOCKS at a time; `count` is a constant.
-template <class T, class F> RUNG_INLINE void for_blocks(int64_t C, const F& f) {
-  for_groups<BLOCKS>(0, C / WIDTH<T>, [&](auto count, int64_t block) __attribute__((always_inline)) { f(count, block * WIDTH<T>); });
+// f(degree) for all degrees; `degree` is a constant.
+template <class F, int... l> RUNG_INLINE void for_degrees(std::integer_sequence<int, l...>, const F& f) {
+  (f(std::integral_constant<int, l>{}), ...);
 }
-
-// Fetch the block's harmonics of a receiver that is soon to come.
-template <class T> RUNG_INLINE void prefetch_harmonics(const T* B, int64_t C) {
-  RUNG_UNROLL for (int m = 0; m < L; m++) __builtin_prefetch(B + m * C, 0, 2);
-}
+template <class F> RUNG_INLINE void for_degrees(const F& f) { for_degrees(std::make_integer_sequence<int, DEGREES>{}, f); }
 
 // ---- A -------------------------------------------------------------------------------------------------------------
 
-template <class T, bool VECTORS>
-void forward_part(const Graph& graph, const Inputs<T>& in, const T* weights, int64_t begin, int64_t end, T* A) {
-  const Scratch<T, VECTORS, false> scratch(Chunk::most_edges(graph, begin, end), BLOCKS);
-  const Cotangents<T> none(nullptr, graph.C, nullptr, nullptr, nullptr, nullptr);
-  const int64_t last_edge = graph.row_ptr[end] - 1;
-  for (int64_t first = begin; first < end;) {
-    const Chunk chunk(graph, first, end);
-    for_blocks<T>(graph.C, [&](auto count, int64_t c) {
-      for (int b = 0; b < count; b++) {
-        const int64_t channel = c + b * WIDTH<T>;
-        const Block<T> block = {graph, in, weights + channel * COLUMNS<VECTORS> * R, channel};
-        const auto rows = scratch.rows(b, 0);
-        for_groups<GROUP>(chunk.edge, chunk.edge + chunk.num_edges, [&](auto size, int64_t e) __attribute__((always_inline)) {
-          RUNG_UNROLL for (int i = 0; i < size; i++) block.template prefetch<VECTORS>(std::min(e + i + AHEAD, last_edge));
-          messages<T, VECTORS, size>(block, e, rows.at(e - chunk.edge));
-        });
-      }
-      const Block<T> block = {graph, in, nullptr, c};
-      for (int64_t receiver = chunk.first; receiver < chunk.last; receiver++) {
-        const int64_t row = graph.row_ptr[receiver], row_end = graph.row_ptr[receiver + 1];
-        spread_all<T, VECTORS, false, count>(block, {graph, none, c}, row, row_end, scratch.rows(0, 0).at(row - chunk.edge).p,
-                                             scratch.block_stride(), A + receiver * L * graph.C + c);
-      }
-    });
-    first = chunk.last;
-  }
+template <int NUM, class T, bool VECTORS> void forward_block(const Pass<T, VECTORS>& pass, T* A) {
+  if constexpr (VECTORS) forward_vectors(pass, A);
+  for_degrees([&](auto l) { forward_degree<l, NUM>(pass, A); });
 }
 
 template <class T, bool VECTORS> void forward(const Graph& graph, const Inputs<T>& in, T* A) {
+  constexpr int NUM = VECTORS ? 1 : BLOCKS;
   const Buffer<T> weights = pack_weights<T, VECTORS>(graph.C, in);
+  const Cotangents<T> none;
   for_parts(graph, [&](int, int64_t begin, int64_t end) {
-    forward_part<T, VECTORS>(graph, in, weights.get(), begin, end, A);
+    for (Chunks<T, VECTORS> chunks(graph, begin, end); chunks.next();) {
+      if (!chunks.edges) {
+        std::fill(A + chunks.first * L * graph.C, A + chunks.last * L * graph.C, T(0));
+        continue;
+      }
+      int64_t c = 0;
+      for (; c + NUM * WIDTH<T> <= graph.C; c += NUM * WIDTH<T>)
+        forward_block<NUM>(chunks.pass(in, none, weights.get(), nullptr, nullptr, c), A);
+      if constexpr (NUM > 1)
+        if (c < graph.C) forward_block<1>(chunks.pass(in, none, weights.get(), nullptr, nullptr, c), A);
+    }
   });
 }
 
-// ---- gradients of x, w and the weights -------------------------------------------------------------------------------
-
-// Sums the gradients of the columns from FIRST on over a chunk's edges, as many columns at a time as registers allow.
-template <class T, bool SECOND, int ALL, int FIRST = 0>
-RUNG_INLINE void chunk_weights(int64_t edges, const T* s, const T* ts, int64_t ts_stride, const T* d, T* g_w) {
-  constexpr int LEFT = ALL - FIRST, COUNT = LEFT == 4 ? 2 : LEFT < 3 ? LEFT : 3;
-  constexpr int MOST = REGISTERS == 32 ? 24 : 12;  // sums
-  constexpr int PARTS = (COUNT * R + MOST - 1) / MOST, SCALARS = (R + PARTS - 1) / PARTS;
-  constexpr int64_t DT = ALL * WIDTH<T>, STRIDE = SECOND ? 2 * DT : DT;
-  T* place = g_w + FIRST * COLUMN<T>;
-  const T* column = d + FIRST * WIDTH<T>;
-  for (int n = 0; n + SCALARS <= R; n += SCALARS)
-    weight_sums<T, SECOND, COUNT, SCALARS>(edges, s + n, ts + n, ts_stride, column, column + DT, STRIDE, place + n * WIDTH<T>);
-  if constexpr (R % SCALARS > 0) {
-    constexpr int n = R - R % SCALARS;
-    weight_sums<T, SECOND, COUNT, R % SCALARS>(edges, s + n, ts + n, ts_stride, column, column + DT, STRIDE, place + n * WIDTH<T>);
-  }
-  if constexpr (LEFT > COUNT) chunk_weights<T, SECOND, ALL, FIRST + COUNT>(edges, s, ts, ts_stride, d, g_w);
-}
+// ---- backward --------------------------------------------------------------------------------------------------------
 
 template <class T, bool VECTORS>
-void nodes_part(const Graph& graph, const Inputs<T>& in, const T* weights, int64_t begin, int64_t end, const T* gA,
-                typename SenderSums<T>::Part g_x, typename SenderSums<T>::Part g_w,
-                typename WeightSums<T, VECTORS>::Part g_weights) {
-  const Scratch<T, VECTORS, false> scratch(Chunk::most_edges(graph, begin, end), 1);
-  for (int64_t first = begin; first < end;) {
-    const Chunk chunk(graph, first, end);
-    for (int64_t c = 0; c < graph.C; c += WIDTH<T>) {
-      const Block<T> block = {graph, in, weights + c * COLUMNS<VECTORS> * R, c};
-      for (int64_t receiver = chunk.first; receiver < chunk.last; receiver++) {
-        const T* B = gA + receiver * L * graph.C;
-        if (receiver + NEXT < end) prefetch_harmonics(B + NEXT * L * graph.C + c, graph.C);
-        const int64_t row = graph.row_ptr[receiver], row_end = graph.row_ptr[receiver + 1];
-        const auto rows = scratch.rows(0, 0).at(row - chunk.edge);
-        project_row<T, VECTORS>(block, B, row, row_end, rows);
-        if (g_x || g_w)
-          for_groups<GROUP>(row, row_end, [&](auto size, int64_t e) __attribute__((always_inline)) {
-            node_gradients<T, VECTORS, false, size>(block, B, e, rows.at(e - row), g_x, g_w);
-          });
-      }
-      if (g_weights)
-        chunk_weights<T, false, COLUMNS<VECTORS>>(chunk.num_edges, block.s(chunk.edge), block.s(chunk.edge), 0,
-                                                  scratch.rows(0, 0).d, g_weights.sums + c * COLUMNS<VECTORS> * R);
-    }
-    if (g_weights) g_weights.count(chunk.num_edges);
-    first = chunk.last;
-  }
-  if (g_weights) g_weights.flush();
-}
-
-template <class T, bool VECTORS>
-void nodes2_part(const Graph& graph, const Inputs<T>& in, const Cotangents<T>& t, const T* weights, int64_t begin, int64_t end,
-                 const T* gA, T* d_gA, typename SenderSums<T>::Part g_x, typename SenderSums<T>::Part g_w,
-                 typename WeightSums<T, VECTORS>::Part g_weights) {
-  const Scratch<T, VECTORS, true> scratch(Chunk::most_edges(graph, begin, end), BLOCKS);
-  for (int64_t first = begin; first < end;) {
-    const Chunk chunk(graph, first, end);
-    for_blocks<T>(graph.C, [&](auto count, int64_t c0) {
-      for (int b = 0; b < count; b++) {
-        const int64_t c = c0 + b * WIDTH<T>;
-        const Block<T> block = {graph, in, weights + c * COLUMNS<VECTORS> * R, c};
-        const CotangentBlock<T> cotangent = {graph, t, c};
-        for (int64_t receiver = chunk.first; receiver < chunk.last; receiver++) {
-          const T* B = gA + receiver * L * graph.C;
-          if (receiver + NEXT < end) prefetch_harmonics(B + NEXT * L * graph.C + c, graph.C);
-          const int64_t row = graph.row_ptr[receiver], row_end = graph.row_ptr[receiver + 1];
-          const auto rows = scratch.rows(b, 0).at(row - chunk.edge);
-          project_row<T, VECTORS>(block, cotangent, B, row, row_end, rows);
-          for_groups<GROUP / 2>(row, row_end, [&](auto size, int64_t e) __attribute__((always_inline)) {
-            second_messages<T, VECTORS, size>(block, cotangent, B, e, rows.at(e - row), g_x, g_w);
-          });
-        }
-        if (g_weights)
-          chunk_weights<T, true, COLUMNS<VECTORS>>(chunk.num_edges, block.s(chunk.edge), cotangent.s(chunk.edge), t.radial_stride,
-                                                   scratch.rows(b, 0).d, g_weights.sums + c * COLUMNS<VECTORS> * R);
-      }
-      if (!d_gA) return;
-      const Block<T> block = {graph, in, nullptr, c0};
-      for (int64_t receiver = chunk.first; receiver < chunk.last; receiver++) {
-        const int64_t row = graph.row_ptr[receiver], row_end = graph.row_ptr[receiver + 1];
-        spread_all<T, VECTORS, true, count>(block, {graph, t, c0}, row, row_end, scratch.rows(0, 0).at(row - chunk.edge).p,
-                                            scratch.block_stride(), d_gA + receiver * L * graph.C + c0);
-      }
-    });
-    if (g_weights) g_weights.count(chunk.num_edges);
-    first = chunk.last;
-  }
-  if (g_weights) g_weights.flush();
-}
-
-// ---- gradients of the edge basis -------------------------------------------------------------------------------------
-
-// g_Y[i][m] = sum over blocks of P_l B_m, for l = 1 also of the derivative with respect to u times w_m, for the degrees
-// FIRST ... LAST - 1. The rows' places p and u hold P (or Pt) and that derivative; blocks are `edges` rows apart.
-template <class T, bool VECTORS, bool SECOND, int EDGES, int FIRST, int LAST>
-RUNG_INLINE void harmonic_gradients(const Graph& graph, const Inputs<T>& in, const Cotangents<T>& t, const T* B, int64_t e,
-                                    Rows<T, VECTORS, SECOND> rows, int64_t edges, Pack<T> (*g_Y)[L]) {
-  using Row = Rows<T, VECTORS, SECOND>;
-  constexpr int BEGIN = FIRST * FIRST, COUNT = LAST * LAST - BEGIN, W = WIDTH<T>;
-  Pack<T> sum[EDGES][COUNT] = {};
-  for (int64_t c = 0; c < graph.C; c += W, rows = rows.at(edges)) {
-    const T* p = rows.p + (SECOND ? Row::PT : 0);
-    RUNG_UNROLL for (int l = FIRST; l < LAST; l++) {
-      Pack<T> P[EDGES];
-      RUNG_UNROLL for (int i = 0; i < EDGES; i++) P[i] = load_once(p + i * Row::P + l * W);
-      RUNG_UNROLL for (int m = l * l; m < (l + 1) * (l + 1); m++) {
-        const Pack<T> B_m = load_once(B + m * graph.C + c);
-        RUNG_UNROLL for (int i = 0; i < EDGES; i++) sum[i][m - BEGIN] += P[i] * B_m;
-      }
-    }
-    if constexpr (VECTORS && FIRST <= 1) {
-      const Block<T> block = {graph, in, nullptr, c};
-      const CotangentBlock<T> cotangent = {graph, t, c};
-      RUNG_UNROLL for (int i = 0; i < EDGES; i++)
-        RUNG_UNROLL for (int k = 0; k < 3; k++) {
-          sum[i][1 + k - BEGIN] += load(rows.at(i).u) * block.w(e + i)[k];
-          if (SECOND) sum[i][1 + k - BEGIN] += load(rows.at(i).u + Row::UT) * cotangent.w(e + i)[k];
-        }
-    }
-  }
-  RUNG_UNROLL for (int i = 0; i < EDGES; i++)
-    RUNG_UNROLL for (int m = 0; m < COUNT; m++) g_Y[i][BEGIN + m] = sum[i][m];
-}
-
-// The gradients of the radial functions and harmonics of EDGES edges, from what the passes over all blocks left.
-template <class T, bool VECTORS, bool SECOND, int EDGES>
-RUNG_INLINE void basis_gradients(const Graph& graph, const Inputs<T>& in, const Cotangents<T>& t, const T* weights, const T* B,
-                                 int64_t e, const Rows<T, VECTORS, SECOND>& rows, int64_t edges, T* g_radial, T* g_harmonics) {
-  using Row = Rows<T, VECTORS, SECOND>;
-  Pack<T> g_s[EDGES][R] = {}, g_Y[EDGES][L];
-  const T* d = rows.d;
-  for (int64_t c = 0; c < graph.C; c += WIDTH<T>, d += edges * Row::D)
-    radial_gradients<T, EDGES, COLUMNS<VECTORS>>(weights + c * COLUMNS<VECTORS> * R, d, Row::D, g_s);
-  lane_sums<EDGES * R>(g_s[0], g_radial + e * R);
-  harmonic_gradients<T, VECTORS, SECOND, EDGES, 0, SPLIT>(graph, in, t, B, e, rows, edges, g_Y);
-  if constexpr (SPLIT < DEGREES)
-    harmonic_gradients<T, VECTORS, SECOND, EDGES, SPLIT, DEGREES>(graph, in, t, B, e, rows, edges, g_Y);
-  lane_sums<EDGES * L>(g_Y[0], g_harmonics + e * L);
-}
-
-// A region of memory that is soon to be read, fetched in `times` pieces.
-template <class T> class Fetch {
- public:
-  Fetch(const T* begin, int64_t size, int64_t times) : place_(begin), end_(begin + size), piece_(times ? size / times + 1 : 0) {}
-  void fetch() {
-    const T* const stop = std::min(place_ + piece_, end_);
-    for (; place_ < stop; place_ += 64 / sizeof(T)) __builtin_prefetch(place_);
-  }
-
- private:
-  const T *place_, *end_;
-  int64_t piece_;
-};
-
-// SECOND: the gradients of the derivative along t; x and w then have theirs from nodes2_part.
-template <class T, bool VECTORS, bool SECOND>
-void basis_part(const Graph& graph, const Inputs<T>& in, const Cotangents<T>& t, const T* weights, int64_t begin, int64_t end,
-                const T* gA, typename SenderSums<T>::Part g_x, typename SenderSums<T>::Part g_w, T* g_radial, T* g_harmonics) {
-  constexpr int SIZE = SECOND ? GROUP / 2 : GROUP;
-  constexpr int PAIR = SIZE > 1 && 2 * R <= REGISTERS / 2 ? 2 : 1;  // edges whose radial sums stay in registers
-  const Scratch<T, VECTORS, SECOND> scratch(SIZE, graph.C / WIDTH<T>);
+void basis_part(const Basis<T, VECTORS>& basis, int64_t begin, int64_t end, bool second) {
+  const Graph& graph = basis.graph;
   for (int64_t receiver = begin; receiver < end; receiver++) {
-    const T* B = gA + receiver * L * graph.C;
+    const T* B = basis.gA + receiver * L * graph.C;
     const int64_t row = graph.row_ptr[receiver], row_end = graph.row_ptr[receiver + 1];
-    Fetch<T> next(B + L * graph.C, receiver + 1 < end ? L * graph.C : 0, (row_end - row) / SIZE);
-    for_groups<SIZE>(row, row_end, [&](auto size, int64_t e) {
-      next.fetch();
-      for (int64_t c = 0; c < graph.C; c += WIDTH<T>) {
-        const Block<T> block = {graph, in, weights + c * COLUMNS<VECTORS> * R, c};
-        const auto rows = scratch.rows(c / WIDTH<T>, c / WIDTH<T>);
-        if constexpr (SECOND) {
-          project_row<T, VECTORS>(block, {graph, t, c}, B, e, e + size, rows);
-          second_messages<T, VECTORS, size>(block, {graph, t, c}, B, e, rows, {}, {});
-        } else {
-          project_row<T, VECTORS>(block, B, e, e + size, rows);
-          node_gradients<T, VECTORS, true, size>(block, B, e, rows, g_x, g_w);
-        }
-      }
-      constexpr int EDGES = size < PAIR ? size : PAIR;
-      for (int i = 0; i < size; i += EDGES)
-        basis_gradients<T, VECTORS, SECOND, EDGES>(graph, in, t, weights, B, e + i, scratch.rows(0, 0).at(i), SIZE, g_radial,
-                                                   g_harmonics);
-    });
+    int64_t e = row;
+    if (second) {
+      for (; e < row_end; e++) second_basis_edge(basis, B, e);
+      continue;
+    }
+    // Each group of edges fetches a piece of the next receiver's harmonics.
+    const int64_t size = receiver + 1 < end ? L * graph.C : 0, piece = size * EDGES / std::max<int64_t>(row_end - row, 1) + 1;
+    const T *ahead = B + L * graph.C, *const ahead_end = ahead + size;
+    for (; e + EDGES <= row_end; e += EDGES) {
+      for (const T* stop = std::min(ahead + piece, ahead_end); ahead < stop; ahead += 64 / sizeof(T)) __builtin_prefetch(ahead);
+      basis_edges<EDGES>(basis, B, e);
+    }
+    if constexpr (EDGES > 1)
+      if (e < row_end) basis_edges<1>(basis, B, e);
   }
 }
 
-// ---- all gradients -----------------------------------------------------------------------------------------------------
+template <bool NODES, bool WEIGHTS, class T, bool VECTORS>
+void gradient_block(const Pass<T, VECTORS>& pass, bool x, bool w) {
+  if constexpr (VECTORS) project_vectors(pass);
+  for_degrees([&](auto l) {
+    x ? gradient_column<l, false, NODES, WEIGHTS>(pass) : gradient_column<l, false, false, WEIGHTS>(pass);
+    if constexpr (VECTORS) gradient_column<l, true, NODES, WEIGHTS>(pass);
+  });
+  if constexpr (VECTORS) w ? gradient_identity<NODES, WEIGHTS>(pass) : gradient_identity<false, WEIGHTS>(pass);
+}
+
+template <class T, bool VECTORS>
+void gradients_part(const Graph& graph, const Inputs<T>& in, const T* weights, const T* gA, int64_t begin, int64_t end,
+                    typename SenderSums<T>::Part g_x, typename SenderSums<T>::Part g_w,
+                    typename WeightSums<T, VECTORS>::Part g_weights) {
+  const Cotangents<T> none;
+  for (Chunks<T, VECTORS> chunks(graph, begin, end, g_x, g_w); chunks.next();) {
+    if (!chunks.edges) continue;
+    for (int64_t c = 0; c < graph.C; c += WIDTH<T>) {
+      const auto pass = chunks.pass(in, none, weights, gA, g_weights.sums, c);
+      if (!g_weights) gradient_block<true, false>(pass, bool(g_x), bool(g_w));
+      else if (g_x || g_w) gradient_block<true, true>(pass, bool(g_x), bool(g_w));
+      else gradient_block<false, true>(pass, false, false);
+    }
+    if (g_weights) g_weights.count(chunks.edges);
+  }
+  if (g_weights) g_weights.flush();
+}
 
 template <class T, bool VECTORS>
 void backward(const Graph& graph, const Inputs<T>& in, const T* gA, const Arrays<T*>& out) {
   const Buffer<T> weights = pack_weights<T, VECTORS>(graph.C, in);
-  const Cotangents<T> none(nullptr, graph.C, nullptr, nullptr, nullptr, nullptr);
+  const Cotangents<T> none;
   SenderSums<T> x_sums(graph, graph.C, out.x), w_sums(graph, 3 * graph.C, out.w);
   WeightSums<T, VECTORS> weight_sums(graph, out.weights);
   for_parts(graph, [&](int part, int64_t begin, int64_t end) {
     auto g_x = x_sums.start(part, begin, end), g_w = w_sums.start(part, begin, end);
     const auto g_weights = weight_sums.start(part);
     if (out.radial) {
-      basis_part<T, VECTORS, false>(graph, in, none, weights.get(), begin, end, gA, g_x, g_w, out.radial, out.harmonics);
+      const Buffer<T> kept(graph.C * EDGES * KEPT);
+      basis_part<T, VECTORS>({graph, in, none, weights.get(), gA, kept.get(), out.radial, out.harmonics, g_x, g_w}, begin, end,
+                             false);
       g_x = g_w = {};
     }
     if (g_x || g_w || g_weights)
-      nodes_part<T, VECTORS>(graph, in, weights.get(), begin, end, gA, g_x, g_w, g_weights);
+      gradients_part<T, VECTORS>(graph, in, weights.get(), gA, begin, end, g_x, g_w, g_weights);
   });
   x_sums.finish();
   w_sums.finish();
   weight_sums.finish(graph.C, out.weights, out.axial, out.identity);
 }
 
+// ---- backward of backward --------------------------------------------------------------------------------------------
+
+template <class T, bool VECTORS> void second_block(const Pass<T, VECTORS>& pass, T* A) {
+  if constexpr (VECTORS) project_vectors(pass);
+  for_degrees([&](auto l) {
+    second_column<l, false>(pass, A);
+    if constexpr (VECTORS) second_column<l, true>(pass, A);
+  });
+  if constexpr (VECTORS) second_identity(pass, A);
+}
+
 template <class T, bool VECTORS>
-void backward2(const Graph& graph, const Inputs<T>& in, const T* gA, const Inputs<T>& cotangents, T* d_gA,
-               const Arrays<T*>& out) {
+void backward2(const Graph& graph, const Inputs<T>& in, const T* gA, Cotangents<T> t, T* d_gA, const Arrays<T*>& out) {
   const Buffer<T> weights = pack_weights<T, VECTORS>(graph.C, in);
-  const int64_t num_zeros = std::max<int64_t>({R, L, graph.C});
-  const Buffer<T> zeros(num_zeros);
-  std::fill_n(zeros.get(), num_zeros, T(0));
-  const Cotangents<T> t(zeros.get(), graph.C, cotangents.radial, cotangents.harmonics, cotangents.x, cotangents.w);
+  const Buffer<T> zeros = t.fill(3 * graph.C);
+  const bool wanted = d_gA || out.x || out.w || out.weights;
+  const Buffer<T> unwanted(wanted && !d_gA ? graph.N * L * graph.C : 0);
+  if (!d_gA) d_gA = unwanted.get();
   SenderSums<T> x_sums(graph, graph.C, out.x), w_sums(graph, 3 * graph.C, out.w);
-  WeightSums<T, VECTORS> weight_sums(graph, out.weights);
+  WeightSums<T, VECTORS> weight_sums(graph, wanted);
   for_parts(graph, [&](int part, int64_t begin, int64_t end) {
     const auto g_x = x_sums.start(part, begin, end), g_w = w_sums.start(part, begin, end);
-    const auto g_weights = weight_sums.start(part);
-    if (d_gA || g_x || g_w || g_weights)
-      nodes2_part<T, VECTORS>(graph, in, t, weights.get(), begin, end, gA, d_gA, g_x, g_w, g_weights);
-    if (out.radial)
-      basis_part<T, VECTORS, true>(graph, in, t, weights.get(), begin, end, gA, {}, {}, out.radial, out.harmonics);
+    auto g_weights = weight_sums.start(part);
+    for (Chunks<T, VECTORS> chunks(graph, begin, end, g_x, g_w); wanted && chunks.next();) {
+      if (!chunks.edges) {
+        std::fill(d_gA + chunks.first * L * graph.C, d_gA + chunks.last * L * graph.C, T(0));
+        continue;
+      }
+      for (int64_t c = 0; c < graph.C; c += WIDTH<T>)
+        second_block(chunks.pass(in, t, weights.get(), gA, g_weights.sums, c), d_gA);
+      g_weights.count(chunks.edges);
+    }
+    g_weights.flush();
+    if (!out.radial) return;
+    const Buffer<T> kept(graph.C * KEPT);
+    basis_part<T, VECTORS>({graph, in, t, weights.get(), gA, kept.get(), out.radial, out.harmonics, {}, {}}, begin, end, true);
   });
   x_sums.finish();
   w_sums.finish();
-  weight_sums.finish(graph.C, out.weights, out.axial, out.identity);
+  if (out.weights) weight_sums.finish(graph.C, out.weights, out.axial, out.identity);
 }
 
 }  // namespace
@@ -348,7 +254,7 @@ void backward2(const Graph& graph, const Inputs<T>& in, const T* gA, const Input
       T* d_radial, T* d_harmonics, T* d_x, T* d_weights, T* d_w, T* d_axial, T* d_identity) {                          \
     const rung::Graph graph = {N, C, threads, row_ptr, senders, reverse};                                              \
     const rung::Inputs<T> in = {radial, harmonics, x, weights, w, axial, identity};                                    \
-    const rung::Inputs<T> t = {t_radial, t_harmonics, t_x, nullptr, t_w, nullptr, nullptr};                            \
+    const rung::Cotangents<T> t = {t_radial, t_harmonics, t_x, t_w};                                                   \
     const rung::Arrays<T*> out = {d_radial, d_harmonics, d_x, d_weights, d_w, d_axial, d_identity};                    \
     axial ? rung::backward2<T, true>(graph, in, gA, t, d_gA, out)                                                      \
           : rung::backward2<T, false>(graph, in, gA, t, d_gA, out);                                                    \

@@ -33,39 +33,22 @@ constexpr int REGISTERS = 16;
 // A column's weights of one block of channels follow each other: R packs.
 template <class T> constexpr int COLUMN = R * WIDTH<T>;
 
-// r[i][k] = sum_n w[k][n] s[i][n] for COUNT columns: each pack of weights is read once for all rows of scalars.
-template <class T, int ROWS, int COUNT>
-RUNG_INLINE void radial_sums(const T* w, const T* const* s, Pack<T> (*r)[COUNT]) {
+// r[b] = sum_n w[b][n] s_n
+template <class T, int NUM> RUNG_INLINE void radial_sum(const Pack<T> (*w)[R], const T* s, Pack<T>* r) {
   RUNG_UNROLL for (int n = 0; n < R; n++)
-    RUNG_UNROLL for (int k = 0; k < COUNT; k++) {
-      const Pack<T> weights = load_once(w + k * COLUMN<T> + n * WIDTH<T>);
-      RUNG_UNROLL for (int i = 0; i < ROWS; i++) r[i][k] = n ? r[i][k] + weights * s[i][n] : weights * s[i][n];
-    }
+    RUNG_UNROLL for (int b = 0; b < NUM; b++) r[b] = n ? r[b] + w[b][n] * s[n] : w[b][n] * s[n];
 }
 
-// g_s[i][n] += sum_k w[k][n] d[i][k] for COUNT columns; the packs of d[i] begin at d + i * stride.
-template <class T, int ROWS, int COUNT>
-RUNG_INLINE void radial_gradients(const T* w, const T* d, int64_t stride, Pack<T> (*g_s)[R]) {
-  RUNG_UNROLL for (int k = 0; k < COUNT; k++) {
-    Pack<T> column[ROWS];
-    RUNG_UNROLL for (int i = 0; i < ROWS; i++) column[i] = load_once(d + i * stride + k * WIDTH<T>);
-    RUNG_UNROLL for (int n = 0; n < R; n++) {
-      const Pack<T> weights = load_once(w + k * COLUMN<T> + n * WIDTH<T>);
-      RUNG_UNROLL for (int i = 0; i < ROWS; i++) g_s[i][n] += weights * column[i];
-    }
-  }
+// sum_m Y_m B_m for the harmonics of degree l, whose first Y and B these are; B_m is `B(m)`.
+template <class T, int l, class Get> RUNG_INLINE Pack<T> project(const T* Y, Get B) {
+  Pack<T> q = B(0) * Y[0];
+  RUNG_UNROLL for (int m = 1; m < 2 * l + 1; m++) q += B(m) * Y[m];
+  return q;
 }
 
-// q[i][l] = sum_m Y[i][m] B_m; the degrees take turns, so that no sum waits for its last term. B_m is `B(m)`.
-template <class T, int ROWS, class Get> RUNG_INLINE void project(const T* const* Y, Get B, Pack<T> (*q)[DEGREES]) {
-  RUNG_UNROLL for (int k = 0; k < 2 * DEGREES - 1; k++)
-    RUNG_UNROLL for (int l = k / 2 + k % 2; l < DEGREES; l++) {
-      const Pack<T> B_m = B(l * l + k);
-      RUNG_UNROLL for (int i = 0; i < ROWS; i++) {
-        const T Y_m = Y[i][l * l + k];
-        q[i][l] = k ? q[i][l] + B_m * Y_m : B_m * Y_m;
-      }
-    }
+// A_m += P Y_m
+template <class T, int l> RUNG_INLINE void spread(Pack<T> P, const T* Y, Pack<T>* A) {
+  RUNG_UNROLL for (int m = 0; m < 2 * l + 1; m++) A[m] += P * Y[m];
 }
 
 // The three components of an atom's vectors: w_k is C numbers after w_{k-1}.
@@ -75,38 +58,14 @@ template <class T> struct Vector {
   RUNG_INLINE Pack<T> operator[](int k) const { return load(w + k * C); }
 };
 
-// sum_k Y_1k w_k
+// sum_k Y_1k w_k for the three harmonics of degree 1
 template <class T> RUNG_INLINE Pack<T> along(const Vector<T>& w, const T* Y) {
-  return w[0] * Y[1] + w[1] * Y[2] + w[2] * Y[3];
+  return w[0] * Y[0] + w[1] * Y[1] + w[2] * Y[2];
 }
 
-// sum_k w_k B_1k
+// sum_k w_k B_1k for the three harmonics of degree 1
 template <class T, class Get> RUNG_INLINE Pack<T> product(const Vector<T>& w, Get B) {
-  return w[0] * B(1) + w[1] * B(2) + w[2] * B(3);
-}
-
-// g_w[k][n] += sum over edges of d[k] s[n] + dt[k] ts[n], for COUNT columns k and the scalars n0 ... n0 + SCALARS - 1.
-// Rows of d and dt are `stride` apart.
-template <class T, bool SECOND, int COUNT, int SCALARS>
-RUNG_INLINE void weight_sums(int64_t edges, const T* s, const T* ts, int64_t ts_stride, const T* d, const T* dt, int64_t stride,
-                             T* g_w) {
-  Pack<T> sum[COUNT][SCALARS];
-  RUNG_UNROLL for (int k = 0; k < COUNT; k++)
-    RUNG_UNROLL for (int n = 0; n < SCALARS; n++) sum[k][n] = load(g_w + k * COLUMN<T> + n * WIDTH<T>);
-  for (int64_t e = 0; e < edges; e++, s += R, d += stride) {
-    Pack<T> column[COUNT];
-    RUNG_UNROLL for (int k = 0; k < COUNT; k++) column[k] = load(d + k * WIDTH<T>);
-    RUNG_UNROLL for (int n = 0; n < SCALARS; n++)
-      RUNG_UNROLL for (int k = 0; k < COUNT; k++) sum[k][n] += column[k] * s[n];
-    if constexpr (SECOND) {
-      RUNG_UNROLL for (int k = 0; k < COUNT; k++) column[k] = load(dt + k * WIDTH<T>);
-      RUNG_UNROLL for (int n = 0; n < SCALARS; n++)
-        RUNG_UNROLL for (int k = 0; k < COUNT; k++) sum[k][n] += column[k] * ts[n];
-      ts += ts_stride, dt += stride;
-    }
-  }
-  RUNG_UNROLL for (int k = 0; k < COUNT; k++)
-    RUNG_UNROLL for (int n = 0; n < SCALARS; n++) store(g_w + k * COLUMN<T> + n * WIDTH<T>, sum[k][n]);
+  return w[0] * B(0) + w[1] * B(1) + w[2] * B(2);
 }
 
 }  // namespace rung

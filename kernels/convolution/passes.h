@@ -1,364 +1,327 @@
-// Passes over the edges of a few receivers for one block of channels. Each hands packs on to the next in small buffers that
-// stay in the L1 cache, so that each can have the order of edges and sums in which no instruction waits for another.
+// Passes over the edges of a few receivers, for one block of channels and one degree. The degree is the outer loop so that
+// its weights, their gradients and its sums over edges stay in registers: what limits these loops besides multiplications is
+// moving packs to and from the cache.
 #pragma once
-
-#include <algorithm>
 
 #include "sums.h"
 
 namespace rung {
 
-constexpr int GROUP = REGISTERS == 32 ? 4 : 2;   // rows of scalars that share a read of the weights
-constexpr int BLOCKS = REGISTERS == 32 ? 2 : 1;  // blocks of channels that share a read of the harmonics
-constexpr int64_t AHEAD = 8;                     // edges after which a sender's features are needed that are fetched now
-
-// f(size, e) for the edges in groups of SIZE, what is left in groups of SIZE / 2 and so on; `size` is a constant.
-template <int SIZE, class F> RUNG_INLINE void for_groups(int64_t begin, int64_t end, const F& f) {
-  for (; begin + SIZE <= end; begin += SIZE) f(std::integral_constant<int, SIZE>{}, begin);
-  if constexpr (SIZE > 1) for_groups<SIZE / 2>(begin, end, f);
-}
+constexpr int64_t AHEAD = 8;  // edges after which a sender's features are needed that are fetched now
+constexpr int64_t NEXT = 4;   // receivers after which harmonics are needed that are fetched now
 
 template <class P> struct Arrays {
   P radial, harmonics, x, weights, w, axial, identity;
 };
 template <class T> using Inputs = Arrays<const T*>;
 
-// The cotangents of the gradients. A null pointer stands for zeros: then the rows are one row of zeros.
+// The cotangents of the gradients. A null pointer stands for zeros until `fill`: then they are one row for all edges or atoms.
 template <class T> struct Cotangents {
-  const T *radial, *harmonics, *x, *w;
-  int64_t radial_stride, harmonics_stride, x_stride, w_stride;
+  const T *s = nullptr, *Y = nullptr, *x = nullptr, *w = nullptr;
+  int64_t s_stride = R, Y_stride = L;
+  bool has_x = true, has_w = true;
 
-  Cotangents(const T* zeros, int64_t C, const T* t_radial, const T* t_harmonics, const T* t_x, const T* t_w)
-      : radial(t_radial ? t_radial : zeros),
-        harmonics(t_harmonics ? t_harmonics : zeros),
-        x(t_x ? t_x : zeros),
-        w(t_w ? t_w : zeros),
-        radial_stride(t_radial ? R : 0),
-        harmonics_stride(t_harmonics ? L : 0),
-        x_stride(t_x ? C : 0),
-        w_stride(t_w ? 3 * C : 0) {}
-};
-
-// The arrays as one block of channels sees them.
-template <class T> struct Block {
-  const Graph& graph;
-  const Inputs<T>& in;
-  const T* weights;  // of the block
-  int64_t c;         // its first channel
-
-  RUNG_INLINE Pack<T> x(int64_t e) const { return load(in.x + graph.senders[e] * graph.C + c); }
-  RUNG_INLINE Vector<T> w(int64_t e) const { return {in.w + graph.senders[e] * 3 * graph.C + c, graph.C}; }
-  RUNG_INLINE const T* s(int64_t e) const { return in.radial + e * R; }
-  RUNG_INLINE const T* Y(int64_t e) const { return in.harmonics + e * L; }
-
-  template <bool VECTORS> RUNG_INLINE void prefetch(int64_t e) const {
-    const int64_t sender = graph.senders[e];
-    __builtin_prefetch(in.x + sender * graph.C + c);
-    if (VECTORS)
-      for (int k = 0; k < 3; k++) __builtin_prefetch(in.w + (3 * sender + k) * graph.C + c);
+  // Returns the zeros, at least `size` of them.
+  Buffer<T> fill(int64_t size) {
+    size = std::max<int64_t>({size, R, L});
+    Buffer<T> zeros(size);
+    std::fill_n(zeros.get(), size, T(0));
+    if (!s) s = zeros.get(), s_stride = 0;
+    if (!Y) Y = zeros.get(), Y_stride = 0;
+    if (!x) x = zeros.get(), has_x = false;
+    if (!w) w = zeros.get(), has_w = false;
+    return zeros;
   }
 };
 
-// The cotangents as a block sees them.
-template <class T> struct CotangentBlock {
-  const Graph& graph;
-  const Cotangents<T>& t;
+// What an edge's passes hand on, one pack each.
+template <class T> struct Rows {
+  T *u, *ut;    // the projections of w and its cotangent
+  T *gu, *gut;  // the derivatives with respect to them
+  T *q, *qt, *p, *pt;
+};
+
+// Some receivers and a block of channels, from the channel c on.
+// Functions copy it: the compiler cannot know that what they store is not one of these pointers.
+template <class T, bool VECTORS> struct Pass {
+  static constexpr int W = WIDTH<T>;
+  Graph graph;
+  Inputs<T> in;
+  Cotangents<T> t;
+  int64_t first, last;      // receivers
+  // For each edge from the first receiver's on: where its sender's x begins, a third of where its w does; the same of the
+  // cotangents and the gradients.
+  const int64_t *from, *tx_from, *tw_from, *x_to, *w_to;
+  Rows<T> rows;
+  const T* gA;
+  T *g_x, *g_w, *g_weights;  // g_weights is packed like `weights`
+  const T* weights;
   int64_t c;
 
-  RUNG_INLINE Pack<T> x(int64_t e) const { return load(t.x + graph.senders[e] * t.x_stride + c); }
-  RUNG_INLINE Vector<T> w(int64_t e) const { return {t.w + graph.senders[e] * t.w_stride + c, t.w_stride ? graph.C : 0}; }
-  RUNG_INLINE const T* s(int64_t e) const { return t.radial + e * t.radial_stride; }
-  RUNG_INLINE const T* Y(int64_t e) const { return t.harmonics + e * t.harmonics_stride; }
+  RUNG_INLINE int64_t edge(int64_t receiver) const { return graph.row_ptr[receiver]; }
+  RUNG_INLINE int64_t local(int64_t e) const { return e - graph.row_ptr[first]; }  // an edge's place in from, to, rows
+  RUNG_INLINE const T* s(int64_t e) const { return in.radial + e * R; }
+  RUNG_INLINE const T* Y(int64_t e, int l) const { return in.harmonics + e * L + l * l; }
+  RUNG_INLINE const T* ts(int64_t e) const { return t.s + e * t.s_stride; }
+  RUNG_INLINE const T* tY(int64_t e, int l) const { return t.Y + e * t.Y_stride + l * l; }
+  RUNG_INLINE const T* x(int64_t k) const { return in.x + from[k] + c; }
+  RUNG_INLINE const T* tx(int64_t k) const { return t.x + tx_from[k] + c; }
+  RUNG_INLINE Vector<T> w(int64_t k) const { return {in.w + 3 * from[k] + c, graph.C}; }
+  RUNG_INLINE Vector<T> tw(int64_t k) const { return {t.w + 3 * tw_from[k] + c, graph.C}; }
+  RUNG_INLINE int64_t harmonics(int64_t receiver, int l) const { return (receiver * L + l * l) * graph.C + c; }  // in A, gA
 
-  template <bool VECTORS> RUNG_INLINE void prefetch(int64_t e) const {
-    const int64_t sender = graph.senders[e];
-    __builtin_prefetch(t.x + sender * t.x_stride + c);
-    if (VECTORS)
-      for (int k = 0; k < 3; k++) __builtin_prefetch(t.w + sender * t.w_stride + k * graph.C + c);
+  // The weights of a column in registers, or their gradients.
+  template <int NUM> RUNG_INLINE void load_column(const T* packed, int k, Pack<T> (*w)[R]) const {
+    RUNG_UNROLL for (int b = 0; b < NUM; b++)
+      RUNG_UNROLL for (int n = 0; n < R; n++) w[b][n] = load_once(packed + (b * COLUMNS<VECTORS> + k) * COLUMN<T> + n * W);
+  }
+  RUNG_INLINE void store_column(int k, const Pack<T> (*w)[R]) const {
+    RUNG_UNROLL for (int n = 0; n < R; n++) store(g_weights + k * COLUMN<T> + n * W, w[0][n]);
+  }
+
+  template <int NUM> RUNG_INLINE void prefetch_sender(int64_t k) const {
+    RUNG_UNROLL for (int b = 0; b < NUM; b++) __builtin_prefetch(in.x + from[k + AHEAD] + c + b * W);
+  }
+  RUNG_INLINE void prefetch_harmonics(int64_t receiver) const {
+    if (receiver + NEXT >= graph.N) return;
+    RUNG_UNROLL for (int m = 0; m < L; m++) __builtin_prefetch(gA + harmonics(receiver + NEXT, 0) + m * graph.C, 0, 2);
   }
 };
 
-// What the passes hand on, for each edge. SECOND: for the derivative along cotangents, twice as much.
-template <class T, bool VECTORS, bool SECOND> struct Rows {
-  static constexpr int ORDER = SECOND ? 2 : 1, MESSAGE = DEGREES + VECTORS, W = WIDTH<T>;
-  static constexpr int64_t Q = ORDER * DEGREES * W, D = ORDER * COLUMNS<VECTORS> * W, P = ORDER * MESSAGE * W, U = ORDER * W;
-  static constexpr int64_t QT = DEGREES * W, DT = COLUMNS<VECTORS> * W, PT = MESSAGE * W, UT = W;  // places of the second
+#define RUNG_PASS template <class T, bool VECTORS> __attribute__((noinline)) void
 
-  T *q;  // q_l; qt_l
-  T *d;  // the derivatives with respect to the columns' r, of psi or of its derivative; of psi
-  T *p;  // P_l, with vectors r_identity; Pt_l, rt_identity
-  T *u;  // the derivative with respect to u; ut. Before that u; ut.
+// ---- A -------------------------------------------------------------------------------------------------------------
 
-  RUNG_INLINE Rows at(int64_t edge) const { return {q + edge * Q, d + edge * D, p + edge * P, u + edge * U}; }
-};
-
-template <class T, bool VECTORS, bool SECOND> class Scratch {
- public:
-  using Row = Rows<T, VECTORS, SECOND>;
-
-  Scratch(int64_t edges, int64_t blocks)
-      : edges_(edges), q_(blocks * edges * Row::Q), d_(blocks * edges * Row::D), p_(blocks * edges * Row::P), u_(blocks * edges * Row::U) {}
-
-  // The rows of a block's messages, and of another for the rest. Without vectors, messages replace q in the second order.
-  Row rows(int64_t block, int64_t rest) const {
-    T* p = p_.get() + block * edges_ * Row::P;
-    T* q = q_.get() + rest * edges_ * Row::Q;
-    return {SECOND && !VECTORS ? p : q, d_.get() + rest * edges_ * Row::D, p, u_.get() + rest * edges_ * Row::U};
-  }
-  int64_t block_stride() const { return edges_ * Row::P; }
-
- private:
-  int64_t edges_;
-  Buffer<T> q_, d_, p_, u_;
-};
-
-// ---- messages: P of all edges, then their sums A -----------------------------------------------------------------------
-
-template <class T, bool VECTORS, int EDGES>
-RUNG_INLINE void messages(const Block<T>& block, int64_t e, const Rows<T, VECTORS, false>& rows) {
-  const T* s[EDGES];
-  Pack<T> r[EDGES][DEGREES];
-  RUNG_UNROLL for (int i = 0; i < EDGES; i++) s[i] = block.s(e + i);
-  radial_sums<T, EDGES, DEGREES>(block.weights, s, r);
-  RUNG_UNROLL for (int i = 0; i < EDGES; i++) {
-    const Pack<T> x = block.x(e + i);
-    RUNG_UNROLL for (int l = 0; l < DEGREES; l++) store(rows.at(i).p + l * WIDTH<T>, r[i][l] * x);
-  }
-  if constexpr (VECTORS) {
-    Pack<T> r[EDGES][DEGREES + 1];
-    radial_sums<T, EDGES, DEGREES + 1>(block.weights + AXIAL * COLUMN<T>, s, r);
-    RUNG_UNROLL for (int i = 0; i < EDGES; i++) {
-      T* p = rows.at(i).p;
-      const Pack<T> u = along(block.w(e + i), block.Y(e + i));
-      RUNG_UNROLL for (int l = 0; l < DEGREES; l++) store(p + l * WIDTH<T>, load(p + l * WIDTH<T>) + r[i][l] * u);
-      store(p + DEGREES * WIDTH<T>, r[i][DEGREES]);
+// A_1k = sum of r_identity w_k; keeps u.
+RUNG_PASS forward_vectors(const Pass<T, VECTORS>& given, T* A) {
+  const Pass<T, VECTORS> pass = given;
+  Pack<T> identity[1][R];
+  pass.template load_column<1>(pass.weights, IDENTITY, identity);
+  for (int64_t receiver = pass.first; receiver < pass.last; receiver++) {
+    Pack<T> sum[3] = {};
+    for (int64_t e = pass.edge(receiver), k = pass.local(e); e < pass.edge(receiver + 1); e++, k++) {
+      const Vector<T> vectors = pass.w(k);
+      const Pack<T> w[3] = {load_once(vectors.w), load_once(vectors.w + vectors.C), load_once(vectors.w + 2 * vectors.C)};
+      const T* Y = pass.Y(e, 1);
+      Pack<T> r[1];
+      radial_sum<T, 1>(identity, pass.s(e), r);
+      store(pass.rows.u + k * WIDTH<T>, w[0] * Y[0] + w[1] * Y[1] + w[2] * Y[2]);
+      RUNG_UNROLL for (int i = 0; i < 3; i++) sum[i] += r[0] * w[i];
     }
+    RUNG_UNROLL for (int i = 0; i < 3; i++) store(A + pass.harmonics(receiver, 1) + i * pass.graph.C, sum[i]);
   }
 }
 
-// A_m of one receiver for the degrees FIRST ... LAST - 1 and NUM blocks of channels, whose messages are `stride` apart.
-template <class T, bool VECTORS, bool SECOND, int NUM, int FIRST, int LAST>
-RUNG_INLINE void spread(const Block<T>& block, const CotangentBlock<T>& t, int64_t begin, int64_t end,
-                        const T* p, int64_t stride, T* A) {
-  using Row = Rows<T, VECTORS, SECOND>;
-  constexpr int BEGIN = FIRST * FIRST, COUNT = LAST * LAST - BEGIN, W = WIDTH<T>;
-  const int64_t C = block.graph.C;
-  Pack<T> sum[NUM][COUNT] = {};
-  for (int64_t e = begin; e < end; e++, p += Row::P) {
-    const T *Y = block.Y(e), *tY = SECOND ? t.Y(e) : nullptr;
-    RUNG_UNROLL for (int l = FIRST; l < LAST; l++) {
-      Pack<T> P[NUM], Pt[NUM];
-      RUNG_UNROLL for (int b = 0; b < NUM; b++) {
-        P[b] = load(p + b * stride + l * W);
-        if (SECOND) Pt[b] = load(p + b * stride + Row::PT + l * W);
-      }
-      RUNG_UNROLL for (int m = l * l; m < (l + 1) * (l + 1); m++)
-        RUNG_UNROLL for (int b = 0; b < NUM; b++) sum[b][m - BEGIN] += (SECOND ? Pt[b] : P[b]) * Y[m];
-      if constexpr (SECOND)
-        RUNG_UNROLL for (int m = l * l; m < (l + 1) * (l + 1); m++)
-          RUNG_UNROLL for (int b = 0; b < NUM; b++) sum[b][m - BEGIN] += P[b] * tY[m];
-    }
-    if constexpr (VECTORS && FIRST <= 1) {
-      const Vector<T> w = block.w(e), tw = SECOND ? t.w(e) : w;
-      RUNG_UNROLL for (int b = 0; b < NUM; b++) {
-        const Pack<T> r = load(p + b * stride + DEGREES * W);
-        const Pack<T> rt = SECOND ? load(p + b * stride + Row::PT + DEGREES * W) : r;
-        RUNG_UNROLL for (int k = 0; k < 3; k++) {
-          sum[b][1 + k - BEGIN] += rt * load(w.w + k * w.C + b * W);
-          if (SECOND) sum[b][1 + k - BEGIN] += r * load(tw.w + k * tw.C + b * W);
+// A_m of the degree l for NUM blocks; adds to what forward_vectors left.
+template <int l, int NUM, class T, bool VECTORS>
+__attribute__((noinline)) void forward_degree(const Pass<T, VECTORS>& given, T* A) {
+  const Pass<T, VECTORS> pass = given;
+  constexpr int W = WIDTH<T>, M = 2 * l + 1;
+  Pack<T> weights[NUM][R], axial[1][R];
+  pass.template load_column<NUM>(pass.weights, l, weights);
+  if constexpr (VECTORS) pass.template load_column<1>(pass.weights, AXIAL + l, axial);
+  for (int64_t receiver = pass.first; receiver < pass.last; receiver++) {
+    T* place = A + pass.harmonics(receiver, l);
+    Pack<T> sum[NUM][M] = {};
+    if (VECTORS && l == 1) RUNG_UNROLL for (int m = 0; m < M; m++) sum[0][m] = load(place + m * pass.graph.C);
+    for (int64_t e = pass.edge(receiver), k = pass.local(e); e < pass.edge(receiver + 1); e++, k++) {
+      if (l == 0) pass.template prefetch_sender<NUM>(k);
+      const T *s = pass.s(e), *Y = pass.Y(e, l);
+      Pack<T> P[NUM], r[1];
+      if constexpr (VECTORS) {
+        RUNG_UNROLL for (int n = 0; n < R; n++) {
+          P[0] = n ? P[0] + weights[0][n] * s[n] : weights[0][n] * s[n];
+          r[0] = n ? r[0] + axial[0][n] * s[n] : axial[0][n] * s[n];
         }
+      } else {
+        radial_sum<T, NUM>(weights, s, P);
+      }
+      RUNG_UNROLL for (int b = 0; b < NUM; b++) P[b] *= load(pass.x(k) + b * W);
+      if (VECTORS) P[0] += r[0] * load(pass.rows.u + k * W);
+      RUNG_UNROLL for (int m = 0; m < M; m++)
+        RUNG_UNROLL for (int b = 0; b < NUM; b++) sum[b][m] += P[b] * Y[m];
+    }
+    RUNG_UNROLL for (int m = 0; m < M; m++)
+      RUNG_UNROLL for (int b = 0; b < NUM; b++) store(place + m * pass.graph.C + b * W, sum[b][m]);
+  }
+}
+
+// ---- gradients of x, w and the weights -----------------------------------------------------------------------------------
+
+// u of all edges; the derivatives with respect to it begin at 0.
+RUNG_PASS project_vectors(const Pass<T, VECTORS>& given) {
+  const Pass<T, VECTORS> pass = given;
+  const int64_t begin = pass.edge(pass.first), end = pass.edge(pass.last);
+  for (int64_t e = begin, k = 0; e < end; e++, k++) {
+    store(pass.rows.u + k * WIDTH<T>, along(pass.w(k), pass.Y(e, 1)));
+    store(pass.rows.gu + k * WIDTH<T>, Pack<T>{});
+    if (!pass.t.w) continue;
+    store(pass.rows.ut + k * WIDTH<T>, along(pass.w(k), pass.tY(e, 1)) + along(pass.tw(k), pass.Y(e, 1)));
+    store(pass.rows.gut + k * WIDTH<T>, Pack<T>{});
+  }
+}
+
+// One column of weights of the degree l: with x, or if ON_AXIS with u. NODES adds to the gradient of x (or u), WEIGHTS to
+// that of the column. With vectors the first column leaves q for the second.
+template <int l, bool ON_AXIS, bool NODES, bool WEIGHTS, class T, bool VECTORS>
+__attribute__((noinline)) void gradient_column(const Pass<T, VECTORS>& given) {
+  const Pass<T, VECTORS> pass = given;
+  constexpr int W = WIDTH<T>, COLUMN_INDEX = ON_AXIS ? AXIAL + l : l;
+  Pack<T> weights[1][R], g_weights[1][R];
+  if constexpr (NODES) pass.template load_column<1>(pass.weights, COLUMN_INDEX, weights);
+  if constexpr (WEIGHTS) pass.template load_column<1>(pass.g_weights, COLUMN_INDEX, g_weights);
+  for (int64_t receiver = pass.first; receiver < pass.last; receiver++) {
+    if (l == 0 && !ON_AXIS) pass.prefetch_harmonics(receiver);
+    Pack<T> B_m[2 * l + 1];
+    const T* B_row = pass.gA + pass.harmonics(receiver, l);
+    if (!ON_AXIS) RUNG_UNROLL for (int m = 0; m < 2 * l + 1; m++) B_m[m] = load_once(B_row + m * pass.graph.C);
+    for (int64_t e = pass.edge(receiver), k = pass.local(e); e < pass.edge(receiver + 1); e++, k++) {
+      if (l == 0 && !ON_AXIS) pass.template prefetch_sender<1>(k);
+      const T* s = pass.s(e);
+      Pack<T> q;
+      if constexpr (ON_AXIS) {
+        q = load_once(pass.rows.q + k * W);
+      } else {
+        q = project<T, l>(pass.Y(e, l), [&](int m) { return B_m[m]; });
+        if (VECTORS) store(pass.rows.q + k * W, q);
+      }
+      const Pack<T> d = WEIGHTS ? q * load(ON_AXIS ? pass.rows.u + k * W : pass.x(k)) : q;
+      Pack<T> r = {};
+      RUNG_UNROLL for (int n = 0; n < R; n++) {
+        if (NODES) r = n ? r + weights[0][n] * s[n] : weights[0][n] * s[n];
+        if (WEIGHTS) g_weights[0][n] += d * s[n];
+      }
+      if constexpr (NODES) {
+        T* place = ON_AXIS ? pass.rows.gu + k * W : pass.g_x + pass.x_to[k] + pass.c;
+        store(place, load(place) + r * q);
       }
     }
   }
-  RUNG_UNROLL for (int b = 0; b < NUM; b++)
-    RUNG_UNROLL for (int m = 0; m < COUNT; m++) store(A + (BEGIN + m) * C + b * W, sum[b][m]);
+  if constexpr (WEIGHTS) pass.store_column(COLUMN_INDEX, g_weights);
 }
 
-// Degrees whose harmonics' sums stay in registers together.
-constexpr int SPLIT = DEGREES > 3 ? 3 : DEGREES;
-
-template <class T, bool VECTORS, bool SECOND, int NUM>
-RUNG_INLINE void spread_all(const Block<T>& block, const CotangentBlock<T>& t, int64_t begin, int64_t end, const T* p,
-                            int64_t stride, T* A) {
-  spread<T, VECTORS, SECOND, NUM, 0, SPLIT>(block, t, begin, end, p, stride, A);
-  if constexpr (SPLIT < DEGREES) spread<T, VECTORS, SECOND, NUM, SPLIT, DEGREES>(block, t, begin, end, p, stride, A);
-}
-
-// ---- projections q, then the gradients of x and w ----------------------------------------------------------------------
-
-// q and d of a receiver's edges.
-template <class T, bool VECTORS>
-RUNG_INLINE void project_row(const Block<T>& block, const T* B_row, int64_t begin, int64_t end, Rows<T, VECTORS, false> rows) {
+// The identity weights' column, and the gradient of w.
+template <bool NODES, bool WEIGHTS, class T, bool VECTORS>
+__attribute__((noinline)) void gradient_identity(const Pass<T, VECTORS>& given) {
+  const Pass<T, VECTORS> pass = given;
   constexpr int W = WIDTH<T>;
-  Pack<T> B_m[L];
-  RUNG_UNROLL for (int m = 0; m < L; m++) B_m[m] = load(B_row + m * block.graph.C + block.c);
-  const auto B = [&](int m) { return B_m[m]; };
-  const int64_t last_edge = block.graph.row_ptr[block.graph.N] - 1;
-  for (int64_t e = begin; e < end; e++, rows = rows.at(1)) {
-    block.template prefetch<VECTORS>(std::min(e + AHEAD, last_edge));
-    const Pack<T> x = block.x(e);
-    const T* const Y[1] = {block.Y(e)};
-    Pack<T> q[1][DEGREES];
-    project<T, 1>(Y, B, q);
-    RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
-      store(rows.q + l * W, q[0][l]);
-      store(rows.d + l * W, q[0][l] * x);
-    }
-    if constexpr (VECTORS) {
-      const Pack<T> u = along(block.w(e), Y[0]);
-      RUNG_UNROLL for (int l = 0; l < DEGREES; l++) store(rows.d + (AXIAL + l) * W, q[0][l] * u);
-      store(rows.d + IDENTITY * W, product(block.w(e), B));
-      store(rows.u, u);
+  const int64_t C = pass.graph.C;
+  Pack<T> weights[1][R], g_weights[1][R];
+  if constexpr (NODES) pass.template load_column<1>(pass.weights, IDENTITY, weights);
+  if constexpr (WEIGHTS) pass.template load_column<1>(pass.g_weights, IDENTITY, g_weights);
+  for (int64_t receiver = pass.first; receiver < pass.last; receiver++) {
+    const T* B = pass.gA + pass.harmonics(receiver, 1);
+    const Pack<T> B_k[3] = {load_once(B), load_once(B + C), load_once(B + 2 * C)};
+    for (int64_t e = pass.edge(receiver), k = pass.local(e); e < pass.edge(receiver + 1); e++, k++) {
+      const T *s = pass.s(e), *Y = pass.Y(e, 1);
+      const Pack<T> v = product(pass.w(k), [&](int i) { return B_k[i]; });
+      Pack<T> r = {};
+      RUNG_UNROLL for (int n = 0; n < R; n++) {
+        if (NODES) r = n ? r + weights[0][n] * s[n] : weights[0][n] * s[n];
+        if (WEIGHTS) g_weights[0][n] += v * s[n];
+      }
+      if constexpr (NODES) {
+        const Pack<T> gu = load_once(pass.rows.gu + k * W);
+        T* place = pass.g_w + 3 * pass.w_to[k] + pass.c;
+        RUNG_UNROLL for (int i = 0; i < 3; i++) store(place + i * C, load(place + i * C) + gu * Y[i] + r * B_k[i]);
+      }
     }
   }
+  if constexpr (WEIGHTS) pass.store_column(IDENTITY, g_weights);
 }
 
-// q, qt, d, dt and with vectors u, ut of a receiver's edges.
-template <class T, bool VECTORS>
-RUNG_INLINE void project_row(const Block<T>& block, const CotangentBlock<T>& t, const T* B_row, int64_t begin, int64_t end,
-                             Rows<T, VECTORS, true> rows) {
-  using Row = Rows<T, VECTORS, true>;
-  constexpr int W = WIDTH<T>;
-  Pack<T> B_m[L];
-  RUNG_UNROLL for (int m = 0; m < L; m++) B_m[m] = load(B_row + m * block.graph.C + block.c);
-  const auto B = [&](int m) { return B_m[m]; };
-  const int64_t last_edge = block.graph.row_ptr[block.graph.N] - 1;
-  for (int64_t e = begin; e < end; e++, rows = rows.at(1)) {
-    const int64_t ahead = std::min(e + AHEAD, last_edge);
-    block.template prefetch<VECTORS>(ahead);
-    t.template prefetch<VECTORS>(ahead);
-    const Pack<T> x = block.x(e), tx = t.x(e);
-    const T* const Y[2] = {block.Y(e), t.Y(e)};
-    Pack<T> q[2][DEGREES];
-    project<T, 2>(Y, B, q);
-    RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
-      store(rows.q + l * W, q[0][l]);
-      store(rows.q + Row::QT + l * W, q[1][l]);
-      store(rows.d + l * W, q[0][l] * tx + q[1][l] * x);
-      store(rows.d + Row::DT + l * W, q[0][l] * x);
-    }
-    if constexpr (VECTORS) {
-      const Vector<T> w = block.w(e), tw = t.w(e);
-      const Pack<T> u = along(w, Y[0]), ut = along(w, Y[1]) + along(tw, Y[0]);
-      store(rows.u, u);
-      store(rows.u + Row::UT, ut);
-      RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
-        store(rows.d + (AXIAL + l) * W, q[0][l] * ut + q[1][l] * u);
-        store(rows.d + Row::DT + (AXIAL + l) * W, q[0][l] * u);
-      }
-      store(rows.d + IDENTITY * W, product(tw, B));
-      store(rows.d + Row::DT + IDENTITY * W, product(w, B));
-    }
-  }
-}
+// ---- the same of the derivative along the cotangents, and the gradient of B -------------------------------------------------
 
-// Adds to the gradients of x and w; with KEEP writes P and replaces u by the derivative with respect to it.
-template <class T, bool VECTORS, bool KEEP, int EDGES>
-RUNG_INLINE void node_gradients(const Block<T>& block, const T* B_row, int64_t e, const Rows<T, VECTORS, false>& rows,
-                                const typename SenderSums<T>::Part& g_x, const typename SenderSums<T>::Part& g_w) {
-  constexpr int W = WIDTH<T>;
-  const int64_t C = block.graph.C, c = block.c;
-  const T* s[EDGES];
-  RUNG_UNROLL for (int i = 0; i < EDGES; i++) s[i] = block.s(e + i);
-  {
-    Pack<T> r[EDGES][DEGREES];
-    radial_sums<T, EDGES, DEGREES>(block.weights, s, r);
-    RUNG_UNROLL for (int i = 0; i < EDGES; i++) {
-      const auto row = rows.at(i);
-      if (g_x) {
-        T* place = g_x.row(e + i) + c;
-        Pack<T> sum = load(place);
-        RUNG_UNROLL for (int l = 0; l < DEGREES; l++) sum += r[i][l] * load(row.q + l * W);
-        store(place, sum);
-      }
-      if constexpr (KEEP) {
-        const Pack<T> x = block.x(e + i);
-        RUNG_UNROLL for (int l = 0; l < DEGREES; l++) store(row.p + l * W, r[i][l] * x);
-      }
-    }
-  }
-  if constexpr (VECTORS) {
-    if (!KEEP && !g_w) return;
-    Pack<T> r[EDGES][DEGREES + 1];
-    radial_sums<T, EDGES, DEGREES + 1>(block.weights + AXIAL * COLUMN<T>, s, r);
-    RUNG_UNROLL for (int i = 0; i < EDGES; i++) {
-      const auto row = rows.at(i);
-      Pack<T> gu = r[i][0] * load(row.q);
-      RUNG_UNROLL for (int l = 1; l < DEGREES; l++) gu += r[i][l] * load(row.q + l * W);
-      if constexpr (KEEP) {
-        const Pack<T> u = load(row.u);
-        RUNG_UNROLL for (int l = 0; l < DEGREES; l++) store(row.p + l * W, load(row.p + l * W) + r[i][l] * u);
-        store(row.u, gu);
-      }
-      if (g_w)
-        RUNG_UNROLL for (int k = 0; k < 3; k++) {
-          T* place = g_w.row(e + i) + k * C + c;
-          store(place, load(place) + gu * block.Y(e + i)[1 + k] + r[i][DEGREES] * load(B_row + (1 + k) * C + c));
+// As gradient_column, all at once; the last column of the degree adds up A_m.
+template <int l, bool ON_AXIS, class T, bool VECTORS>
+__attribute__((noinline)) void second_column(const Pass<T, VECTORS>& given, T* A) {
+  const Pass<T, VECTORS> pass = given;
+  constexpr int W = WIDTH<T>, M = 2 * l + 1, COLUMN_INDEX = ON_AXIS ? AXIAL + l : l;
+  constexpr bool SPREADS = ON_AXIS == VECTORS;
+  const Rows<T>& rows = pass.rows;
+  const int64_t C = pass.graph.C;
+  Pack<T> weights[1][R], g_weights[1][R];
+  pass.template load_column<1>(pass.weights, COLUMN_INDEX, weights);
+  pass.template load_column<1>(pass.g_weights, COLUMN_INDEX, g_weights);
+  for (int64_t receiver = pass.first; receiver < pass.last; receiver++) {
+    if (l == 0 && !ON_AXIS) pass.prefetch_harmonics(receiver);
+    const T* B_row = pass.gA + pass.harmonics(receiver, l);
+    Pack<T> sum[M] = {};
+    for (int64_t e = pass.edge(receiver), k = pass.local(e); e < pass.edge(receiver + 1); e++, k++) {
+      if (l == 0 && !ON_AXIS) pass.template prefetch_sender<1>(k);
+      const T *s = pass.s(e), *ts = pass.ts(e), *Y = pass.Y(e, l), *tY = pass.tY(e, l);
+      Pack<T> q = {}, qt = {};
+      if constexpr (ON_AXIS) {
+        q = load_once(rows.q + k * W), qt = load_once(rows.qt + k * W);
+      } else {
+        RUNG_UNROLL for (int m = 0; m < M; m++) {
+          const Pack<T> B = load_once(B_row + m * C);
+          q = m ? q + B * Y[m] : B * Y[m];
+          qt = m ? qt + B * tY[m] : B * tY[m];
         }
+        if (VECTORS) store(rows.q + k * W, q), store(rows.qt + k * W, qt);
+      }
+      const T *x = ON_AXIS ? rows.u + k * W : pass.x(k), *tx = ON_AXIS ? rows.ut + k * W : pass.tx(k);
+      const Pack<T> d = q * load(tx) + qt * load(x), dt = q * load(x);
+      Pack<T> r = {}, rt = {};
+      RUNG_UNROLL for (int n = 0; n < R; n++) {
+        r = n ? r + weights[0][n] * s[n] : weights[0][n] * s[n];
+        rt = n ? rt + weights[0][n] * ts[n] : weights[0][n] * ts[n];
+        g_weights[0][n] += d * s[n];
+        g_weights[0][n] += dt * ts[n];
+      }
+      T* place = ON_AXIS ? rows.gu + k * W : pass.g_x + pass.x_to[k] + pass.c;
+      store(place, load(place) + rt * q + r * qt);
+      if (ON_AXIS) store(rows.gut + k * W, load(rows.gut + k * W) + r * q);
+      Pack<T> P = r * load(x), Pt = rt * load(x) + r * load(tx);
+      if (ON_AXIS) P += load(rows.p + k * W), Pt += load(rows.pt + k * W);
+      if constexpr (SPREADS) {
+        spread<T, l>(Pt, Y, sum);
+        spread<T, l>(P, tY, sum);
+      } else {
+        store(rows.p + k * W, P), store(rows.pt + k * W, Pt);
+      }
     }
+    if constexpr (SPREADS) RUNG_UNROLL for (int m = 0; m < M; m++) store(A + pass.harmonics(receiver, l) + m * C, sum[m]);
   }
+  pass.store_column(COLUMN_INDEX, g_weights);
 }
 
-// Writes P and Pt, adds to the gradients of x and w, and replaces u and ut by the derivatives with respect to them.
-template <class T, bool VECTORS, int EDGES>
-RUNG_INLINE void second_messages(const Block<T>& block, const CotangentBlock<T>& t, const T* B_row, int64_t e,
-                                 const Rows<T, VECTORS, true>& rows, const typename SenderSums<T>::Part& g_x,
-                                 const typename SenderSums<T>::Part& g_w) {
-  using Row = Rows<T, VECTORS, true>;
+// As gradient_identity, all at once; adds to A_1k.
+RUNG_PASS second_identity(const Pass<T, VECTORS>& given, T* A) {
+  const Pass<T, VECTORS> pass = given;
   constexpr int W = WIDTH<T>;
-  const int64_t C = block.graph.C, c = block.c;
-  const T* s[2 * EDGES];
-  RUNG_UNROLL for (int i = 0; i < EDGES; i++) s[2 * i] = block.s(e + i), s[2 * i + 1] = t.s(e + i);
-  {
-    Pack<T> r[2 * EDGES][DEGREES];
-    radial_sums<T, 2 * EDGES, DEGREES>(block.weights, s, r);
-    RUNG_UNROLL for (int i = 0; i < EDGES; i++) {
-      const auto row = rows.at(i);
-      const Pack<T>*r_l = r[2 * i], *rt_l = r[2 * i + 1];
-      if (g_x) {
-        T* place = g_x.row(e + i) + c;
-        Pack<T> sum[2] = {load(place), r_l[0] * load(row.q + Row::QT)};
-        RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
-          sum[0] += rt_l[l] * load(row.q + l * W);
-          if (l) sum[1] += r_l[l] * load(row.q + Row::QT + l * W);
-        }
-        store(place, sum[0] + sum[1]);
+  const int64_t C = pass.graph.C;
+  Pack<T> weights[1][R], g_weights[1][R];
+  pass.template load_column<1>(pass.weights, IDENTITY, weights);
+  pass.template load_column<1>(pass.g_weights, IDENTITY, g_weights);
+  for (int64_t receiver = pass.first; receiver < pass.last; receiver++) {
+    const T* B = pass.gA + pass.harmonics(receiver, 1);
+    T* out = A + pass.harmonics(receiver, 1);
+    const Pack<T> B_k[3] = {load_once(B), load_once(B + C), load_once(B + 2 * C)};
+    Pack<T> sum[3] = {load(out), load(out + C), load(out + 2 * C)};
+    for (int64_t e = pass.edge(receiver), k = pass.local(e); e < pass.edge(receiver + 1); e++, k++) {
+      const T *s = pass.s(e), *ts = pass.ts(e), *Y = pass.Y(e, 1), *tY = pass.tY(e, 1);
+      const auto B_at = [&](int i) { return B_k[i]; };
+      const Pack<T> v = product(pass.w(k), B_at), vt = product(pass.tw(k), B_at);
+      Pack<T> r = {}, rt = {};
+      RUNG_UNROLL for (int n = 0; n < R; n++) {
+        r = n ? r + weights[0][n] * s[n] : weights[0][n] * s[n];
+        rt = n ? rt + weights[0][n] * ts[n] : weights[0][n] * ts[n];
+        g_weights[0][n] += vt * s[n];
+        g_weights[0][n] += v * ts[n];
       }
-      const Pack<T> x = block.x(e + i), tx = t.x(e + i);
-      RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
-        store(row.p + l * W, r_l[l] * x);
-        store(row.p + Row::PT + l * W, rt_l[l] * x + r_l[l] * tx);
+      const Pack<T> gu = load_once(pass.rows.gu + k * W), gut = load_once(pass.rows.gut + k * W);
+      T* place = pass.g_w + 3 * pass.w_to[k] + pass.c;
+      RUNG_UNROLL for (int i = 0; i < 3; i++) {
+        store(place + i * C, load(place + i * C) + gu * Y[i] + gut * tY[i] + rt * B_k[i]);
+        sum[i] += rt * pass.w(k)[i];
+        sum[i] += r * pass.tw(k)[i];
       }
     }
+    RUNG_UNROLL for (int i = 0; i < 3; i++) store(out + i * C, sum[i]);
   }
-  if constexpr (VECTORS) {
-    Pack<T> r[2 * EDGES][DEGREES + 1];
-    radial_sums<T, 2 * EDGES, DEGREES + 1>(block.weights + AXIAL * COLUMN<T>, s, r);
-    RUNG_UNROLL for (int i = 0; i < EDGES; i++) {
-      const auto row = rows.at(i);
-      const Pack<T>*r_l = r[2 * i], *rt_l = r[2 * i + 1], u = load(row.u), ut = load(row.u + Row::UT);
-      Pack<T> gu[2] = {}, gut = {};
-      RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
-        const Pack<T> q = load(row.q + l * W);
-        gu[0] += rt_l[l] * q;
-        gu[1] += r_l[l] * load(row.q + Row::QT + l * W);
-        gut += r_l[l] * q;
-        store(row.p + l * W, load(row.p + l * W) + r_l[l] * u);
-        store(row.p + Row::PT + l * W, load(row.p + Row::PT + l * W) + rt_l[l] * u + r_l[l] * ut);
-      }
-      store(row.p + DEGREES * W, r_l[DEGREES]);
-      store(row.p + Row::PT + DEGREES * W, rt_l[DEGREES]);
-      gu[0] += gu[1];
-      store(row.u, gu[0]);
-      store(row.u + Row::UT, gut);
-      if (g_w)
-        RUNG_UNROLL for (int k = 0; k < 3; k++) {
-          T* place = g_w.row(e + i) + k * C + c;
-          store(place, load(place) + gu[0] * block.Y(e + i)[1 + k] + gut * t.Y(e + i)[1 + k] +
-                           rt_l[DEGREES] * load(B_row + (1 + k) * C + c));
-        }
-    }
-  }
+  pass.store_column(IDENTITY, g_weights);
 }
 
 }  // namespace rung

@@ -69,15 +69,12 @@ template <class T> class SenderSums {
     buffer_.resize((by_edge_ ? int64_t(graph.row_ptr[graph.N]) : rows) * width);
   }
 
-  // Where a part adds: the row of an edge is at `base + index(e) * width`.
+  // Where a part adds: a sender's row, or an edge's, begins at `base` plus its number times `width`.
   struct Part {
     T* base;
-    const int32_t* senders;
-    int64_t width;
     bool by_edge;
 
     explicit operator bool() const { return base; }
-    RUNG_INLINE T* row(int64_t e) const { return base + (by_edge ? e : int64_t(senders[e])) * width; }
   };
 
   Part start(int part, int64_t begin, int64_t end) {
@@ -96,7 +93,7 @@ template <class T> class SenderSums {
       offset = range.low;
     }
     if (rows) std::memset(first, 0, rows * width_ * sizeof(T));
-    return {(T*)((uintptr_t)first - offset * width_ * sizeof(T)), graph_.senders, width_, by_edge_};
+    return {(T*)((uintptr_t)first - offset * width_ * sizeof(T)), by_edge_};
   }
 
   // Write the sums, when all parts are done.
