@@ -222,6 +222,36 @@ def test_a_supercell_has_the_energy_of_its_cells(potential: Potential) -> None:
     torch.testing.assert_close(double.forces, single.forces.repeat(2, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_a_training_step_computes_no_gradient_that_nobody_reads(
+    potential: Potential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The native kernels are asked neither for the loss's gradient with respect to the geometry nor, in the first
+    layer, for the energy's with respect to what does not move."""
+    from rung.kernels.convolution import cpu
+
+    asked: dict[str, list[list[bool]]] = {"backward": [], "backward2": []}
+    for name, needs in asked.items():
+        original = getattr(cpu, name)
+
+        def spy(*arguments: Any, original: Any = original, needs: list[list[bool]] = needs) -> Any:
+            needs.append(list(arguments[-1]))
+            return original(*arguments)
+
+        monkeypatch.setattr(cpu, name, spy)
+    potential.train()
+    loss = potential(to_batch([cluster("a", 4, seed=1)])).forces.square().sum()
+    forces_pass = asked["backward"].copy()
+    loss.backward()
+    if not forces_pass:
+        pytest.skip("the native kernels cannot be built here")
+    radial, harmonics, x = 0, 1, 2
+    assert [need[x] for need in forces_pass] == [True, False]  # the last layer comes first
+    assert all(need[radial] and need[harmonics] for need in forces_pass)
+    assert len(asked["backward2"]) == 2
+    assert not any(need[1 + radial] or need[1 + harmonics] for need in asked["backward2"])
+    assert not any(need[radial] or need[harmonics] for need in asked["backward"][2:])
+
+
 def test_second_derivatives_with_respect_to_the_parameters(potential: Potential) -> None:
     """The gradient of a loss on forces, which trains the potential, against finite differences."""
     potential.train()
