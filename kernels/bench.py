@@ -213,7 +213,7 @@ def _under(backend: str, function: Callable[[], object]) -> Callable[[], object]
 
 def machine_line(device: str, command: Sequence[str]) -> Line:
     """Return what the figures depend on: commit, machine, measured roofs."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parent.parent
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
     name = torch.cuda.get_device_name() if device != "cpu" else processor()
     return {

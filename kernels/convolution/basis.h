@@ -9,6 +9,13 @@ namespace rung {
 constexpr int EDGES = REGISTERS == 32 && R <= 8 ? 2 : 1;  // that share a read of the weights
 constexpr int KEPT = DEGREES + 2;  // packs that a block hands on: P_l, derivatives with respect to u and ut
 
+// What an edge's sweep over the blocks reads and writes.
+template <class T> struct Edge {
+  const T *s, *Y, *x, *w;
+  T *g_x, *g_w;  // null: unwanted
+  int64_t C;
+};
+
 template <class T, bool VECTORS> struct Basis {
   const Graph& graph;
   const Inputs<T>& in;
@@ -18,99 +25,101 @@ template <class T, bool VECTORS> struct Basis {
   typename SenderSums<T>::Part g_x, g_w;
 
   RUNG_INLINE int64_t from(int64_t e) const { return graph.senders[e] * graph.C; }
-  RUNG_INLINE T* place(const typename SenderSums<T>::Part& sums, int64_t e, int64_t width) const {
-    return sums.base + (sums.by_edge ? e : int64_t(graph.senders[e])) * width;
+  RUNG_INLINE Edge<T> edge(int64_t e) const {
+    const int64_t sender = graph.senders[e];
+    const auto place = [&](const typename SenderSums<T>::Part& sums, int64_t width) {
+      return sums ? sums.base + (sums.by_edge ? e : sender) * width : nullptr;
+    };
+    return {in.radial + e * R,     in.harmonics + e * L,     in.x + from(e),      in.w + 3 * from(e),
+            place(g_x, graph.C), place(g_w, 3 * graph.C), graph.C};
   }
 };
 
-// For columns k[j] of weights and edges i: r[i][j] = sum_n w[n] s[i][n], and g_s[i][n] += w[n] d[i][j].
-template <class T, int NUM, int COUNT>
-RUNG_INLINE void radial_gradients(const T* weights, const int* k, const T* const* s, const Pack<T> (*d)[COUNT],
-                                  Pack<T> (*r)[COUNT], Pack<T> (*g_s)[R]) {
-  RUNG_UNROLL for (int n = 0; n < R; n++)
-    RUNG_UNROLL for (int j = 0; j < COUNT; j++) {
-      const Pack<T> w = load_once(weights + k[j] * COLUMN<T> + n * WIDTH<T>);
-      RUNG_UNROLL for (int i = 0; i < NUM; i++) {
-        r[i][j] = n ? r[i][j] + w * s[i][n] : w * s[i][n];
-        g_s[i][n] += w * d[i][j];
-      }
-    }
+// The products of the harmonics with the receiver's are wanted one after the other: this order lets the degrees take turns.
+struct Term {
+  int l, m;
+};
+constexpr Term term(int index) {
+  for (int k = 0; k < 2 * DEGREES - 1; k++)
+    for (int l = (k + 1) / 2; l < DEGREES; l++)
+      if (index-- == 0) return {l, l * l + k};
+  return {0, 0};
 }
 
-// The columns of the degrees l0 and, if COUNT is 2, l1 of one block, for NUM edges from e on; gx and gu are added to.
-template <int NUM, int COUNT, class T, bool VECTORS>
-RUNG_INLINE void sweep_degrees(const Basis<T, VECTORS>& basis, const T* B, int64_t c, int64_t e, int l0, int l1,
-                               const Pack<T>* u, Pack<T>* gx, Pack<T>* gu, Pack<T> (*g_s)[R], T* kept) {
+// q_l of a block of channels, a few terms at a time.
+template <class T> struct Projection {
+  const T *B, *Y;  // B [L, WIDTH]
+  Pack<T> q[DEGREES];
+
+  template <int FIRST, int LAST> RUNG_INLINE void add_terms() {
+    if constexpr (FIRST < LAST) {
+      constexpr Term now = term(FIRST);
+      const Pack<T> product = load(B + now.m * WIDTH<T>) * Y[now.m];
+      if constexpr (now.m == now.l * now.l) q[now.l] = product;
+      else q[now.l] += load(B + now.m * WIDTH<T>) * Y[now.m];
+      add_terms<FIRST + 1, LAST>();
+    }
+  }
+};
+
+// All columns of degrees: those of x (from k = 0 on) or those of u. r[l] = sum_n w[l][n] s_n, g_s[n] += sum_l w[l][n] d[l];
+// meanwhile the terms of the next projection.
+template <class T, int TERMS, int N = 0>
+RUNG_INLINE void radial_gradients(const T* w, const T* s, const Pack<T>* d, Pack<T>* r, Pack<T>* g_s, Projection<T>& next) {
+  RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
+    const Pack<T> weights = load_once(w + l * COLUMN<T> + N * WIDTH<T>);
+    r[l] = N ? r[l] + weights * s[N] : weights * s[N];
+    g_s[N] += weights * d[l];
+  }
+  next.template add_terms<N * TERMS / R, (N + 1) * TERMS / R>();
+  if constexpr (N + 1 < R) radial_gradients<T, TERMS, N + 1>(w, s, d, r, g_s, next);
+}
+
+// One block of an edge: adds to g_s and to the gradients of x and w, keeps P and the derivative with respect to u. q holds
+// the block's projections; when it returns, those of `next`.
+template <bool VECTORS, class T>
+RUNG_INLINE void sweep_block(const Edge<T>& edge, const T* weights, const T* B, int64_t c, Pack<T>* q, Projection<T>& next,
+                             Pack<T>* g_s, T* kept) {
   constexpr int W = WIDTH<T>;
-  const T* weights = basis.weights + c * COLUMNS<VECTORS> * R;
-  const int k[2] = {l0, l1}, axial[2] = {AXIAL + l0, AXIAL + l1};
-  const T* s[NUM];
-  Pack<T> q[NUM][COUNT], d[NUM][COUNT], r[NUM][COUNT], P[NUM][COUNT];
-  RUNG_UNROLL for (int j = 0; j < COUNT; j++)
-    RUNG_UNROLL for (int m = k[j] * k[j]; m < (k[j] + 1) * (k[j] + 1); m++) {
-      const Pack<T> B_m = load_once(B + m * basis.graph.C + c);
-      RUNG_UNROLL for (int i = 0; i < NUM; i++) {
-        const T Y = basis.in.harmonics[(e + i) * L + m];
-        q[i][j] = m > k[j] * k[j] ? q[i][j] + B_m * Y : B_m * Y;
-      }
-    }
-  RUNG_UNROLL for (int i = 0; i < NUM; i++) {
-    s[i] = basis.in.radial + (e + i) * R;
-    RUNG_UNROLL for (int j = 0; j < COUNT; j++) d[i][j] = q[i][j] * load(basis.in.x + basis.from(e + i) + c);
-  }
-  radial_gradients<T, NUM, COUNT>(weights, k, s, d, r, g_s);
-  RUNG_UNROLL for (int i = 0; i < NUM; i++)
-    RUNG_UNROLL for (int j = 0; j < COUNT; j++) {
-      gx[i] += r[i][j] * q[i][j];
-      P[i][j] = r[i][j] * load(basis.in.x + basis.from(e + i) + c);
-      if (VECTORS) d[i][j] = q[i][j] * u[i];
-    }
+  const T *s = edge.s, *x = edge.x + c;
+  Pack<T> d[DEGREES], r[DEGREES], P[DEGREES];
+  RUNG_UNROLL for (int l = 0; l < DEGREES; l++) d[l] = q[l] * load(x);
+  radial_gradients<T, VECTORS ? 0 : L>(weights, s, d, r, g_s, next);
+  Pack<T> sum = r[0] * q[0];
+  RUNG_UNROLL for (int l = 1; l < DEGREES; l++) sum += r[l] * q[l];
+  if (edge.g_x) store(edge.g_x + c, load(edge.g_x + c) + sum);
+  RUNG_UNROLL for (int l = 0; l < DEGREES; l++) P[l] = r[l] * load(x);
   if constexpr (VECTORS) {
-    radial_gradients<T, NUM, COUNT>(weights, axial, s, d, r, g_s);
-    RUNG_UNROLL for (int i = 0; i < NUM; i++)
-      RUNG_UNROLL for (int j = 0; j < COUNT; j++) {
-        gu[i] += r[i][j] * q[i][j];
-        P[i][j] += r[i][j] * u[i];
-      }
-  }
-  RUNG_UNROLL for (int i = 0; i < NUM; i++)
-    RUNG_UNROLL for (int j = 0; j < COUNT; j++) store(kept + (i * KEPT + k[j]) * W, P[i][j]);
-}
-
-// All columns of one block: adds to g_s and to the gradients of x and w, keeps P and the derivative with respect to u.
-template <int NUM, class T, bool VECTORS>
-RUNG_INLINE void sweep_block(const Basis<T, VECTORS>& basis, const T* B, int64_t c, int64_t e, Pack<T> (*g_s)[R], T* kept) {
-  const int64_t C = basis.graph.C;
-  Pack<T> u[NUM] = {}, gx[NUM] = {}, gu[NUM] = {};
-  const auto w = [&](int i) { return Vector<T>{basis.in.w + 3 * basis.from(e + i) + c, C}; };
-  if (VECTORS) RUNG_UNROLL for (int i = 0; i < NUM; i++) u[i] = along(w(i), basis.in.harmonics + (e + i) * L + 1);
-  // Two degrees at a time, so that enough sums over radial functions are under way.
-  RUNG_UNROLL for (int l = 0; l < DEGREES / 2; l++)
-    sweep_degrees<NUM, 2>(basis, B, c, e, l, DEGREES - 1 - l, u, gx, gu, g_s, kept);
-  if constexpr (DEGREES % 2) sweep_degrees<NUM, 1>(basis, B, c, e, DEGREES / 2, DEGREES / 2, u, gx, gu, g_s, kept);
-  if (basis.g_x)
-    RUNG_UNROLL for (int i = 0; i < NUM; i++) {
-      T* place = basis.place(basis.g_x, e + i, C) + c;
-      store(place, load(place) + gx[i]);
+    const Vector<T> w = {edge.w + c, edge.C};
+    const T* Y = edge.Y + 1;
+    const Pack<T> u = along(w, Y);
+    RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
+      store(kept + l * W, P[l]);
+      d[l] = q[l] * u;
     }
-  if constexpr (VECTORS) {
-    const auto B_k = [&](int i) { return load(B + (1 + i) * C + c); };
-    const int k[1] = {IDENTITY};
-    const T* s[NUM];
-    Pack<T> v[NUM][1], r[NUM][1];
-    RUNG_UNROLL for (int i = 0; i < NUM; i++) {
-      s[i] = basis.in.radial + (e + i) * R;
-      v[i][0] = product(w(i), B_k);
-      store(kept + (i * KEPT + DEGREES) * WIDTH<T>, gu[i]);
+    radial_gradients<T, L>(weights + AXIAL * COLUMN<T>, s, d, r, g_s, next);
+    Pack<T> gu = r[0] * q[0];
+    RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
+      if (l) gu += r[l] * q[l];
+      store(kept + l * W, load(kept + l * W) + r[l] * u);
     }
-    radial_gradients<T, NUM, 1>(basis.weights + c * COLUMNS<VECTORS> * R, k, s, v, r, g_s);
-    if (!basis.g_w) return;
-    RUNG_UNROLL for (int i = 0; i < NUM; i++)
+    const auto B_k = [&](int i) { return load(B + (1 + i) * W); };
+    const Pack<T> v = product(w, B_k);
+    store(kept + DEGREES * W, gu);
+    RUNG_UNROLL for (int n = 0; n < R; n++) {
+      const Pack<T> identity = load_once(weights + IDENTITY * COLUMN<T> + n * W);
+      sum = n ? sum + identity * s[n] : identity * s[n];
+      g_s[n] += identity * v;
+    }
+    if (edge.g_w)
       RUNG_UNROLL for (int j = 0; j < 3; j++) {
-        T* place = basis.place(basis.g_w, e + i, 3 * C) + j * C + c;
-        store(place, load(place) + gu[i] * basis.in.harmonics[(e + i) * L + 1 + j] + r[i][0] * B_k(j));
+        T* place = edge.g_w + j * edge.C + c;
+        store(place, load(place) + gu * Y[j] + sum * B_k(j));
       }
+  } else {
+    RUNG_UNROLL for (int l = 0; l < DEGREES; l++) store(kept + l * W, P[l]);
   }
+  RUNG_UNROLL for (int l = 0; l < DEGREES; l++) q[l] = next.q[l];
 }
 
 // g_Y[i][m] = sum over blocks of P_l B_m, for l = 1 also of the derivative with respect to u times w_m and with SECOND of
@@ -121,12 +130,12 @@ RUNG_INLINE void harmonic_gradients(const Basis<T, VECTORS>& basis, const T* B, 
   const int64_t C = basis.graph.C;
   const T* kept = basis.kept;
   Pack<T> sum[NUM][COUNT] = {};
-  for (int64_t c = 0; c < C; c += W, kept += NUM * KEPT * W) {
+  for (int64_t c = 0; c < C; c += W, kept += NUM * KEPT * W, B += L * W) {
     RUNG_UNROLL for (int l = FIRST; l < LAST; l++) {
       Pack<T> P[NUM];
       RUNG_UNROLL for (int i = 0; i < NUM; i++) P[i] = load_once(kept + (i * KEPT + l) * W);
       RUNG_UNROLL for (int m = l * l; m < (l + 1) * (l + 1); m++) {
-        const Pack<T> B_m = load_once(B + m * C + c);
+        const Pack<T> B_m = load_once(B + m * W);
         RUNG_UNROLL for (int i = 0; i < NUM; i++) sum[i][m - BEGIN] += P[i] * B_m;
       }
     }
@@ -156,56 +165,69 @@ RUNG_INLINE void finish_edges(const Basis<T, VECTORS>& basis, const T* B, int64_
 }
 
 template <int NUM, class T, bool VECTORS>
-RUNG_INLINE void basis_edges(const Basis<T, VECTORS>& basis, const T* B, int64_t e) {
-  Pack<T> g_s[NUM][R] = {};
-  T* kept = basis.kept;
-  for (int64_t c = 0; c < basis.graph.C; c += WIDTH<T>, kept += NUM * KEPT * WIDTH<T>)
-    sweep_block<NUM>(basis, B, c, e, g_s, kept);
+RUNG_INLINE void basis_edges(const Basis<T, VECTORS>& basis, const T* B, int64_t e, int64_t last_edge, Pack<T>* q) {
+  constexpr int W = WIDTH<T>;
+  const int64_t C = basis.graph.C;
+  Pack<T> g_s[NUM][R];
+  for (int i = 0; i < NUM; i++) {
+    const Edge<T> edge = basis.edge(e + i);
+    Pack<T> sum[R] = {};
+    T* kept = basis.kept + i * KEPT * W;
+    const T *weights = basis.weights, *Y_next = basis.in.harmonics + std::min(e + i + 1, last_edge) * L, *B_c = B;
+    for (int64_t c = 0; c < C; c += W, kept += NUM * KEPT * W, B_c += L * W, weights += COLUMNS<VECTORS> * COLUMN<T>) {
+      const bool last = c + W == C;
+      Projection<T> next = {last ? B : B_c + L * W, last ? Y_next : edge.Y, {}};
+      sweep_block<VECTORS>(edge, weights, B_c, c, q, next, sum, kept);
+    }
+    RUNG_UNROLL for (int n = 0; n < R; n++) g_s[i][n] = sum[n];
+  }
   finish_edges<NUM, false>(basis, B, e, g_s);
 }
 
 // The same for one edge of the derivative along cotangents; no training on energies and forces asks for it.
-template <class T, bool VECTORS> __attribute__((noinline)) void second_basis_edge(const Basis<T, VECTORS>& basis, const T* B, int64_t e) {
+template <class T, bool VECTORS> __attribute__((noinline)) void second_basis_edge(const Basis<T, VECTORS>& basis, const T* B_row, int64_t e) {
+  const T* B = B_row;
   constexpr int W = WIDTH<T>;
   const int64_t C = basis.graph.C;
   const Cotangents<T>& t = basis.t;
-  const T *s[1] = {basis.in.radial + e * R}, *ts = t.s + e * t.s_stride;
+  const T *s = basis.in.radial + e * R, *ts = t.s + e * t.s_stride;
   const T *Y = basis.in.harmonics + e * L, *tY = t.Y + e * t.Y_stride;
   Pack<T> g_s[1][R] = {};
   T* kept = basis.kept;
-  for (int64_t c = 0; c < C; c += W, kept += KEPT * W) {
+  for (int64_t c = 0; c < C; c += W, kept += KEPT * W, B += L * W) {
     const Pack<T> x = load(basis.in.x + basis.from(e) + c), tx = load(t.x + (t.has_x ? basis.from(e) : 0) + c);
-    Pack<T> u = {}, ut = {}, gu = {}, gut = {}, r[1][1], rt;
+    Pack<T> u = {}, ut = {}, gu = {}, gut = {}, r, rt;
     const auto column = [&](int k, Pack<T> d) {
-      const Pack<T> d_rows[1][1] = {{d}};
-      const T* weights = basis.weights + c * COLUMNS<VECTORS> * R;
-      radial_gradients<T, 1, 1>(weights, &k, s, d_rows, r, g_s);
-      rt = Pack<T>{};
-      for (int n = 0; n < R; n++) rt += load(weights + k * COLUMN<T> + n * W) * ts[n];
+      const T* weights = basis.weights + (c * COLUMNS<VECTORS> + k * W) * R;
+      r = rt = Pack<T>{};
+      RUNG_UNROLL for (int n = 0; n < R; n++) {
+        const Pack<T> w = load(weights + n * W);
+        r += w * s[n], rt += w * ts[n], g_s[0][n] += w * d;
+      }
     };
     const Vector<T> w = {basis.in.w + 3 * basis.from(e) + c, C}, tw = {t.w + (t.has_w ? 3 * basis.from(e) : 0) + c, C};
     if constexpr (VECTORS) u = along(w, Y + 1), ut = along(w, tY + 1) + along(tw, Y + 1);
     for (int l = 0; l < DEGREES; l++) {
       Pack<T> q = {}, qt = {};
-      for (int m = l * l; m < (l + 1) * (l + 1); m++) q += load(B + m * C + c) * Y[m], qt += load(B + m * C + c) * tY[m];
+      for (int m = l * l; m < (l + 1) * (l + 1); m++) q += load(B + m * W) * Y[m], qt += load(B + m * W) * tY[m];
       column(l, q * tx + qt * x);
-      Pack<T> Pt = rt * x + r[0][0] * tx;
+      Pack<T> Pt = rt * x + r * tx;
       if constexpr (VECTORS) {
         column(AXIAL + l, q * ut + qt * u);
-        Pt += rt * u + r[0][0] * ut;
-        gu += rt * q + r[0][0] * qt;
-        gut += r[0][0] * q;
+        Pt += rt * u + r * ut;
+        gu += rt * q + r * qt;
+        gut += r * q;
       }
       store(kept + l * W, Pt);
     }
     if constexpr (VECTORS) {
-      const auto B_k = [&](int i) { return load(B + (1 + i) * C + c); };
+      const auto B_k = [&](int i) { return load(B + (1 + i) * W); };
       column(IDENTITY, product(tw, B_k));
       store(kept + DEGREES * W, gu);
       store(kept + (DEGREES + 1) * W, gut);
     }
   }
-  finish_edges<1, true>(basis, B, e, g_s);
+  finish_edges<1, true>(basis, B_row, e, g_s);
 }
 
 }  // namespace rung

@@ -112,8 +112,12 @@ template <class T, bool VECTORS> void forward(const Graph& graph, const Inputs<T
 template <class T, bool VECTORS>
 void basis_part(const Basis<T, VECTORS>& basis, int64_t begin, int64_t end, bool second) {
   const Graph& graph = basis.graph;
+  const Buffer<T> harmonics(L * graph.C);
   for (int64_t receiver = begin; receiver < end; receiver++) {
-    const T* B = basis.gA + receiver * L * graph.C;
+    const T* gA = basis.gA + receiver * L * graph.C;
+    T* B = harmonics.get();  // a receiver's gA as [C / WIDTH, L, WIDTH]
+    for (int64_t c = 0, k = 0; c < graph.C; c += WIDTH<T>)
+      for (int m = 0; m < L; m++, k += WIDTH<T>) store(B + k, load(gA + m * graph.C + c));
     const int64_t row = graph.row_ptr[receiver], row_end = graph.row_ptr[receiver + 1];
     int64_t e = row;
     if (second) {
@@ -122,13 +126,17 @@ void basis_part(const Basis<T, VECTORS>& basis, int64_t begin, int64_t end, bool
     }
     // Each group of edges fetches a piece of the next receiver's harmonics.
     const int64_t size = receiver + 1 < end ? L * graph.C : 0, piece = size * EDGES / std::max<int64_t>(row_end - row, 1) + 1;
-    const T *ahead = B + L * graph.C, *const ahead_end = ahead + size;
+    const T *ahead = gA + L * graph.C, *const ahead_end = ahead + size;
+    if (e == row_end) continue;
+    Projection<T> first = {B, basis.in.harmonics + e * L, {}};
+    first.template add_terms<0, L>();
+    Pack<T>* q = first.q;
     for (; e + EDGES <= row_end; e += EDGES) {
       for (const T* stop = std::min(ahead + piece, ahead_end); ahead < stop; ahead += 64 / sizeof(T)) __builtin_prefetch(ahead);
-      basis_edges<EDGES>(basis, B, e);
+      basis_edges<EDGES>(basis, B, e, row_end - 1, q);
     }
     if constexpr (EDGES > 1)
-      if (e < row_end) basis_edges<1>(basis, B, e);
+      if (e < row_end) basis_edges<1>(basis, B, e, row_end - 1, q);
   }
 }
 

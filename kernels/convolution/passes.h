@@ -8,7 +8,7 @@
 namespace rung {
 
 constexpr int64_t AHEAD = 8;  // edges after which a sender's features are needed that are fetched now
-constexpr int64_t NEXT = 4;   // receivers after which harmonics are needed that are fetched now
+constexpr int64_t NEXT = 8;   // receivers after which harmonics are needed that are fetched now
 
 template <class P> struct Arrays {
   P radial, harmonics, x, weights, w, axial, identity;

@@ -153,7 +153,7 @@ template <class T, bool VECTORS> class WeightSums {
 
     void count(int64_t more) {
       edges += more;
-      if (edges >= 4096) flush();  // the error of a sum of so many numbers is still near the rounding of one
+      if (edges >= 256) flush();  // sequential sums of more would have errors far above the rounding of one
     }
     void flush() {
       for (int64_t k = 0; k < size; k++) totals[k] += sums[k], sums[k] = 0;
