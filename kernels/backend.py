@@ -80,7 +80,7 @@ def native(
     """Return whether an operation (the name of its folder) takes the native kernels for inputs like `tensor`.
 
     The first answer for a kind of input builds what is needed, and is logged; a fall back to the reference warns once
-    for each reason. Raises Unavailable where the backend is `native` and the kernels cannot be used.
+    for each reason. Raises ValueError where the backend is `native` and the kernels cannot be used.
     """
     choice = backend()
     if choice == "reference":
@@ -92,7 +92,7 @@ def native(
     if not reason:
         return True
     if choice == "native":
-        raise Unavailable(f"{op}: the native kernels cannot be used: {reason}")
+        raise ValueError(f"{op}: backend 'native' was asked for, but the kernels cannot be used: {reason}")
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(

@@ -114,8 +114,8 @@ template <class T> constexpr int WIDTH = PACK_BYTES / sizeof(T);  // numbers in 
 template <class T> RUNG_INLINE Pack<T> load(const T* p) { return *(const typename PackOf<T>::unaligned*)p; }
 template <class T> RUNG_INLINE void store(T* p, Pack<T> v) { *(typename PackOf<T>::unaligned*)p = v; }
 
-// Reads a pack that several instructions use, here and once: the compiler would make it an operand in memory of each of them
-// or read it ahead of a loop that has no register for it.
+// Reads a pack that several instructions use, here and once: the compiler would make it an operand in memory of each
+// of them or read it ahead of a loop that has no register for it.
 template <class T> RUNG_INLINE Pack<T> load_once(const T* p) {
   Pack<T> v = load(p);
 #if defined(__AVX512F__)
@@ -126,8 +126,9 @@ template <class T> RUNG_INLINE Pack<T> load_once(const T* p) {
   return v;
 }
 
-// Lanes whose number has the bit STEP become sums of b's, the others of a's: lane i of the result is a[i] + a[i ^ STEP] or
-// b[i] + b[i ^ STEP]. One blend and one shuffle, where sums of two shuffles would take both from the only unit that shuffles.
+// Lanes whose number has the bit STEP become sums of b's, the others of a's: lane i of the result is a[i] + a[i ^
+// STEP] or b[i] + b[i ^ STEP]. One blend and one shuffle, where sums of two shuffles would take both from the only
+// unit that shuffles.
 template <int STEP, class P, int... I> RUNG_INLINE P add_pairs(P a, P b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
   const P kept = __builtin_shufflevector(a, b, (I & STEP ? I + int(sizeof...(I)) : I)...);
@@ -140,8 +141,8 @@ template <int STEP, class P, int... I> RUNG_INLINE P add_pairs(P a, P b, std::in
   return kept + moved;
 }
 
-// The sums over the lanes of v[0] ... v[COUNT - 1] in lanes 0 ... COUNT - 1, and again in every further LANES lanes. The
-// nearest lanes, of which there are most pairs, come first: their blends do not need the unit that shuffles.
+// The sums over the lanes of v[0] ... v[COUNT - 1] in lanes 0 ... COUNT - 1, and again in every further LANES lanes.
+// The nearest lanes, of which there are most pairs, come first: their blends do not need the unit that shuffles.
 template <class T, int COUNT, int LANES> RUNG_INLINE Pack<T> lane_sums_of_pack(const Pack<T>* v) {
   if constexpr (COUNT <= 0) return Pack<T>{};
   else if constexpr (LANES == 1) return v[0];
@@ -155,7 +156,8 @@ template <class T, int COUNT, int LANES> RUNG_INLINE Pack<T> lane_sums_of_pack(c
 
 // out[k] = the sum over the lanes of v[k], for k < K.
 template <int K, class T> RUNG_INLINE void lane_sums(const Pack<T>* v, T* out) {
-  RUNG_UNROLL for (int k = 0; k + WIDTH<T> <= K; k += WIDTH<T>) store(out + k, lane_sums_of_pack<T, WIDTH<T>, WIDTH<T>>(v + k));
+  RUNG_UNROLL for (int k = 0; k + WIDTH<T> <= K; k += WIDTH<T>)
+    store(out + k, lane_sums_of_pack<T, WIDTH<T>, WIDTH<T>>(v + k));
   constexpr int REST = K % WIDTH<T>;
   if constexpr (REST > 0) {
     const Pack<T> sums = lane_sums_of_pack<T, REST, WIDTH<T>>(v + K - REST);

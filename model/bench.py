@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,6 +188,14 @@ def train_step(model: Potential, batch: Batch, compiled: bool) -> Callable[[], o
     return step
 
 
+def peak_memory_mb() -> float:
+    """Return the peak of this process's resident memory; getrusage would count that of the process that started it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
 def main() -> None:
     """Print one line for each phase."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,10 +219,7 @@ def main() -> None:
     phases["train"] = train_step(model, batch, arguments.backend == "compile")
     for phase, function in phases.items():
         ms = timer({phase: function})[phase]
-        if arguments.device == "cpu":
-            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        else:
-            peak_mb = torch.cuda.max_memory_allocated() / 2**20
+        peak_mb = peak_memory_mb() if arguments.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
         line = {"phase": phase, "backend": arguments.backend, "ms": round(ms, 3), "peak_mb": round(peak_mb)}
         print(json.dumps(line), flush=True)
 

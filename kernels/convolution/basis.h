@@ -1,5 +1,5 @@
-// The gradients of the radial functions and harmonics, with those of x and w: sums over channels. An edge's sums stay in
-// registers over all blocks of channels before their lanes are added up.
+// The gradients of the radial functions and harmonics, with those of x and w: sums over channels. An edge's sums stay
+// in registers over all blocks of channels before their lanes are added up.
 #pragma once
 
 #include "passes.h"
@@ -35,7 +35,8 @@ template <class T, bool VECTORS> struct Basis {
   }
 };
 
-// The products of the harmonics with the receiver's are wanted one after the other: this order lets the degrees take turns.
+// The products of the harmonics with the receiver's are wanted one after the other: this order lets the degrees take
+// turns.
 struct Term {
   int l, m;
 };
@@ -62,10 +63,11 @@ template <class T> struct Projection {
   }
 };
 
-// All columns of degrees: those of x (from k = 0 on) or those of u. r[l] = sum_n w[l][n] s_n, g_s[n] += sum_l w[l][n] d[l];
-// meanwhile the terms of the next projection.
+// All columns of degrees: those of x (from k = 0 on) or those of u. r[l] = sum_n w[l][n] s_n, g_s[n] += sum_l w[l][n]
+// d[l]; meanwhile the terms of the next projection.
 template <class T, int TERMS, int N = 0>
-RUNG_INLINE void radial_gradients(const T* w, const T* s, const Pack<T>* d, Pack<T>* r, Pack<T>* g_s, Projection<T>& next) {
+RUNG_INLINE void radial_gradients(const T* w, const T* s, const Pack<T>* d, Pack<T>* r, Pack<T>* g_s,
+                                  Projection<T>& next) {
   RUNG_UNROLL for (int l = 0; l < DEGREES; l++) {
     const Pack<T> weights = load_once(w + l * COLUMN<T> + N * WIDTH<T>);
     r[l] = N ? r[l] + weights * s[N] : weights * s[N];
@@ -75,11 +77,11 @@ RUNG_INLINE void radial_gradients(const T* w, const T* s, const Pack<T>* d, Pack
   if constexpr (N + 1 < R) radial_gradients<T, TERMS, N + 1>(w, s, d, r, g_s, next);
 }
 
-// One block of an edge: adds to g_s and to the gradients of x and w, keeps P and the derivative with respect to u. q holds
-// the block's projections; when it returns, those of `next`.
+// One block of an edge: adds to g_s and to the gradients of x and w, keeps P and the derivative with respect to u. q
+// holds the block's projections; when it returns, those of `next`.
 template <bool VECTORS, class T>
-RUNG_INLINE void sweep_block(const Edge<T>& edge, const T* weights, const T* B, int64_t c, Pack<T>* q, Projection<T>& next,
-                             Pack<T>* g_s, T* kept) {
+RUNG_INLINE void sweep_block(const Edge<T>& edge, const T* weights, const T* B, int64_t c, Pack<T>* q,
+                             Projection<T>& next, Pack<T>* g_s, T* kept) {
   constexpr int W = WIDTH<T>;
   const T *s = edge.s, *x = edge.x + c;
   Pack<T> d[DEGREES], r[DEGREES], P[DEGREES];
@@ -122,8 +124,8 @@ RUNG_INLINE void sweep_block(const Edge<T>& edge, const T* weights, const T* B, 
   RUNG_UNROLL for (int l = 0; l < DEGREES; l++) q[l] = next.q[l];
 }
 
-// g_Y[i][m] = sum over blocks of P_l B_m, for l = 1 also of the derivative with respect to u times w_m and with SECOND of
-// that with respect to ut times tw_m, for the degrees FIRST ... LAST - 1.
+// g_Y[i][m] = sum over blocks of P_l B_m, for l = 1 also of the derivative with respect to u times w_m and with
+// SECOND of that with respect to ut times tw_m, for the degrees FIRST ... LAST - 1.
 template <int NUM, int FIRST, int LAST, bool SECOND, class T, bool VECTORS>
 RUNG_INLINE void harmonic_gradients(const Basis<T, VECTORS>& basis, const T* B, int64_t e, Pack<T> (*g_Y)[L]) {
   constexpr int BEGIN = FIRST * FIRST, COUNT = LAST * LAST - BEGIN, W = WIDTH<T>;
@@ -145,8 +147,9 @@ RUNG_INLINE void harmonic_gradients(const Basis<T, VECTORS>& basis, const T* B, 
         const T* w = basis.in.w + 3 * basis.from(e + i) + c;
         RUNG_UNROLL for (int j = 0; j < 3; j++) {
           sum[i][1 + j - BEGIN] += gu * load(w + j * C);
-          if (SECOND && basis.t.has_w)
-            sum[i][1 + j - BEGIN] += load(kept + (i * KEPT + DEGREES + 1) * W) * load(basis.t.w + 3 * basis.from(e + i) + j * C + c);
+          if (!SECOND || !basis.t.has_w) continue;
+          const Pack<T> gut = load(kept + (i * KEPT + DEGREES + 1) * W);
+          sum[i][1 + j - BEGIN] += gut * load(basis.t.w + 3 * basis.from(e + i) + j * C + c);
         }
       }
   }
@@ -185,7 +188,8 @@ RUNG_INLINE void basis_edges(const Basis<T, VECTORS>& basis, const T* B, int64_t
 }
 
 // The same for one edge of the derivative along cotangents; no training on energies and forces asks for it.
-template <class T, bool VECTORS> __attribute__((noinline)) void second_basis_edge(const Basis<T, VECTORS>& basis, const T* B_row, int64_t e) {
+template <class T, bool VECTORS>
+__attribute__((noinline)) void second_basis_edge(const Basis<T, VECTORS>& basis, const T* B_row, int64_t e) {
   const T* B = B_row;
   constexpr int W = WIDTH<T>;
   const int64_t C = basis.graph.C;

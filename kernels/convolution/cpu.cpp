@@ -1,6 +1,6 @@
-// The convolution and its first and second derivatives on a CPU: reference.py is the definition, edge.h has the formulas.
-// A thread has receivers of its own; it takes the passes of passes.h over a few of them at a time, and the pairs of edges of
-// basis.h for the gradients of the edge basis.
+// The convolution and its first and second derivatives on a CPU: reference.py is the definition, edge.h has the
+// formulas. A thread has receivers of its own; it takes the passes of passes.h over a few of them at a time, and the
+// pairs of edges of basis.h for the gradients of the edge basis.
 
 #include "basis.h"
 
@@ -24,7 +24,8 @@ template <class T, bool VECTORS> Buffer<T> pack_weights(int64_t C, const Inputs<
   return buffer;
 }
 
-// Divides a part's receivers into chunks with at least CHUNK edges, and prepares what passes read about a chunk's edges.
+// Divides a part's receivers into chunks with at least CHUNK edges, and prepares what passes read about a chunk's
+// edges.
 template <class T, bool VECTORS> class Chunks {
  public:
   using Part = typename SenderSums<T>::Part;
@@ -50,13 +51,16 @@ template <class T, bool VECTORS> class Chunks {
     const int64_t begin = graph_.row_ptr[first], num_edges = graph_.row_ptr[graph_.N];
     for (last = first + 1; last < end_ && graph_.row_ptr[last] - begin < CHUNK;) last++;
     edges = graph_.row_ptr[last] - begin;
-    for (int64_t k = 0; k < (edges ? edges + AHEAD : 0); k++) from_[k] = graph_.senders[std::min(begin + k, num_edges - 1)] * graph_.C;
+    if (!edges) return true;
+    for (int64_t k = 0; k < edges + AHEAD; k++)
+      from_[k] = graph_.senders[std::min(begin + k, num_edges - 1)] * graph_.C;
     if (g_x_.by_edge || g_w_.by_edge)
       for (int64_t k = 0; k < edges; k++) to_[k] = (begin + k) * graph_.C;
     return true;
   }
 
-  Pass<T, VECTORS> pass(const Inputs<T>& in, const Cotangents<T>& t, const T* weights, const T* gA, T* g_weights, int64_t c) {
+  Pass<T, VECTORS> pass(const Inputs<T>& in, const Cotangents<T>& t, const T* weights, const T* gA, T* g_weights,
+                        int64_t c) {
     const auto to = [&](const Part& g) { return !g ? zeros_.data() : g.by_edge ? to_.data() : from_.data(); };
     const int64_t block = c * COLUMNS<VECTORS> * R;
     return {graph_, in, t, first, last, from_.data(), (t.has_x ? from_ : zeros_).data(),
@@ -79,9 +83,11 @@ template <class T, bool VECTORS> class Chunks {
 template <class F, int... l> RUNG_INLINE void for_degrees(std::integer_sequence<int, l...>, const F& f) {
   (f(std::integral_constant<int, l>{}), ...);
 }
-template <class F> RUNG_INLINE void for_degrees(const F& f) { for_degrees(std::make_integer_sequence<int, DEGREES>{}, f); }
+template <class F> RUNG_INLINE void for_degrees(const F& f) {
+  for_degrees(std::make_integer_sequence<int, DEGREES>{}, f);
+}
 
-// ---- A -------------------------------------------------------------------------------------------------------------
+// ---- A ------------------------------------------------------------------------------------------------------------
 
 template <int NUM, class T, bool VECTORS> void forward_block(const Pass<T, VECTORS>& pass, T* A) {
   if constexpr (VECTORS) forward_vectors(pass, A);
@@ -107,7 +113,7 @@ template <class T, bool VECTORS> void forward(const Graph& graph, const Inputs<T
   });
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------------------------
 
 template <class T, bool VECTORS>
 void basis_part(const Basis<T, VECTORS>& basis, int64_t begin, int64_t end, bool second) {
@@ -125,14 +131,16 @@ void basis_part(const Basis<T, VECTORS>& basis, int64_t begin, int64_t end, bool
       continue;
     }
     // Each group of edges fetches a piece of the next receiver's harmonics.
-    const int64_t size = receiver + 1 < end ? L * graph.C : 0, piece = size * EDGES / std::max<int64_t>(row_end - row, 1) + 1;
-    const T *ahead = gA + L * graph.C, *const ahead_end = ahead + size;
+    const T* ahead = gA + L * graph.C;
+    const T* const ahead_end = ahead + (receiver + 1 < end ? L * graph.C : 0);
+    const int64_t piece = L * graph.C * EDGES / std::max<int64_t>(row_end - row, 1) + 1;
     if (e == row_end) continue;
     Projection<T> first = {B, basis.in.harmonics + e * L, {}};
     first.template add_terms<0, L>();
     Pack<T>* q = first.q;
     for (; e + EDGES <= row_end; e += EDGES) {
-      for (const T* stop = std::min(ahead + piece, ahead_end); ahead < stop; ahead += 64 / sizeof(T)) __builtin_prefetch(ahead);
+      const T* const stop = std::min(ahead + piece, ahead_end);
+      for (; ahead < stop; ahead += 64 / sizeof(T)) __builtin_prefetch(ahead);
       basis_edges<EDGES>(basis, B, e, row_end - 1, q);
     }
     if constexpr (EDGES > 1)
@@ -179,8 +187,9 @@ void backward(const Graph& graph, const Inputs<T>& in, const T* gA, const Arrays
     const auto g_weights = weight_sums.start(part);
     if (out.radial) {
       const Buffer<T> kept(graph.C * EDGES * KEPT);
-      basis_part<T, VECTORS>({graph, in, none, weights.get(), gA, kept.get(), out.radial, out.harmonics, g_x, g_w}, begin, end,
-                             false);
+      const Basis<T, VECTORS> basis = {graph,      in,           none, weights.get(), gA, kept.get(),
+                                       out.radial, out.harmonics, g_x,  g_w};
+      basis_part(basis, begin, end, false);
       g_x = g_w = {};
     }
     if (g_x || g_w || g_weights)
@@ -191,7 +200,7 @@ void backward(const Graph& graph, const Inputs<T>& in, const T* gA, const Arrays
   weight_sums.finish(graph.C, out.weights, out.axial, out.identity);
 }
 
-// ---- backward of backward --------------------------------------------------------------------------------------------
+// ---- backward of backward -----------------------------------------------------------------------------------------
 
 template <class T, bool VECTORS> void second_block(const Pass<T, VECTORS>& pass, T* A) {
   if constexpr (VECTORS) project_vectors(pass);
@@ -226,7 +235,8 @@ void backward2(const Graph& graph, const Inputs<T>& in, const T* gA, Cotangents<
     g_weights.flush();
     if (!out.radial) return;
     const Buffer<T> kept(graph.C * KEPT);
-    basis_part<T, VECTORS>({graph, in, t, weights.get(), gA, kept.get(), out.radial, out.harmonics, {}, {}}, begin, end, true);
+    const Basis<T, VECTORS> basis = {graph, in, t, weights.get(), gA, kept.get(), out.radial, out.harmonics, {}, {}};
+    basis_part(basis, begin, end, true);
   });
   x_sums.finish();
   w_sums.finish();

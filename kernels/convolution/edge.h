@@ -1,12 +1,12 @@
-// The mathematics of the convolution on packs of channels, shared by its loops over edges (cpu.cpp); reference.py is the
-// definition. For an edge i <- j with scalars s, harmonics Y, features x and vectors w of j, and B = gA[i]:
+// The mathematics of the convolution on packs of channels, shared by its loops over edges (cpu.cpp); reference.py is
+// the definition. For an edge i <- j with scalars s, harmonics Y, features x and vectors w of j, and B = gA[i]:
 //
 //   u = sum_k Y_1k w_k,  q_l = sum_m Y_m B_m,  v = sum_k w_k B_1k,  r = sum_n W_n s_n for each column of weights
 //   A_m = sum_edges P_l Y_m + [l = 1] r_identity w_m,  P_l = r_l x + r_axial,l u
 //   psi = sum_l P_l q_l + r_identity v
 //
-// Columns of weights: the degrees' weights, then with vectors the degrees' axial weights (over sqrt(3), which u lacks) and
-// the identity weights. The derivatives of psi with respect to the columns' r are d = (q_l x, q_l u, v).
+// Columns of weights: the degrees' weights, then with vectors the degrees' axial weights (over sqrt(3), which u
+// lacks) and the identity weights. The derivatives of psi with respect to the columns' r are d = (q_l x, q_l u, v).
 // Along the cotangents (ts, tY, tx, tw) psi has the derivative sum_l (Pt_l q_l + P_l qt_l) + rt v + r vt with
 //
 //   ut = sum_k tY_1k w_k + Y_1k tw_k,  qt_l = sum_m tY_m B_m,  vt = sum_k tw_k B_1k,  rt = sum_n W_n ts_n

@@ -1,6 +1,6 @@
-// Passes over the edges of a few receivers, for one block of channels and one degree. The degree is the outer loop so that
-// its weights, their gradients and its sums over edges stay in registers: what limits these loops besides multiplications is
-// moving packs to and from the cache.
+// Passes over the edges of a few receivers, for one block of channels and one degree. The degree is the outer loop so
+// that its weights, their gradients and its sums over edges stay in registers: what limits these loops besides
+// multiplications is moving packs to and from the cache.
 #pragma once
 
 #include "sums.h"
@@ -15,7 +15,8 @@ template <class P> struct Arrays {
 };
 template <class T> using Inputs = Arrays<const T*>;
 
-// The cotangents of the gradients. A null pointer stands for zeros until `fill`: then they are one row for all edges or atoms.
+// The cotangents of the gradients. A null pointer stands for zeros until `fill`: then they are one row for all edges
+// or atoms.
 template <class T> struct Cotangents {
   const T *s = nullptr, *Y = nullptr, *x = nullptr, *w = nullptr;
   int64_t s_stride = R, Y_stride = L;
@@ -49,8 +50,8 @@ template <class T, bool VECTORS> struct Pass {
   Inputs<T> in;
   Cotangents<T> t;
   int64_t first, last;      // receivers
-  // For each edge from the first receiver's on: where its sender's x begins, a third of where its w does; the same of the
-  // cotangents and the gradients.
+  // For each edge from the first receiver's on: where its sender's x begins, a third of where its w does; the same of
+  // the cotangents and the gradients.
   const int64_t *from, *tx_from, *tw_from, *x_to, *w_to;
   Rows<T> rows;
   const T* gA;
@@ -68,12 +69,14 @@ template <class T, bool VECTORS> struct Pass {
   RUNG_INLINE const T* tx(int64_t k) const { return t.x + tx_from[k] + c; }
   RUNG_INLINE Vector<T> w(int64_t k) const { return {in.w + 3 * from[k] + c, graph.C}; }
   RUNG_INLINE Vector<T> tw(int64_t k) const { return {t.w + 3 * tw_from[k] + c, graph.C}; }
-  RUNG_INLINE int64_t harmonics(int64_t receiver, int l) const { return (receiver * L + l * l) * graph.C + c; }  // in A, gA
+  // Where harmonics of a receiver begin in A and gA.
+  RUNG_INLINE int64_t harmonics(int64_t receiver, int l) const { return (receiver * L + l * l) * graph.C + c; }
 
   // The weights of a column in registers, or their gradients.
   template <int NUM> RUNG_INLINE void load_column(const T* packed, int k, Pack<T> (*w)[R]) const {
     RUNG_UNROLL for (int b = 0; b < NUM; b++)
-      RUNG_UNROLL for (int n = 0; n < R; n++) w[b][n] = load_once(packed + (b * COLUMNS<VECTORS> + k) * COLUMN<T> + n * W);
+      RUNG_UNROLL for (int n = 0; n < R; n++)
+        w[b][n] = load_once(packed + (b * COLUMNS<VECTORS> + k) * COLUMN<T> + n * W);
   }
   RUNG_INLINE void store_column(int k, const Pack<T> (*w)[R]) const {
     RUNG_UNROLL for (int n = 0; n < R; n++) store(g_weights + k * COLUMN<T> + n * W, w[0][n]);
@@ -90,25 +93,26 @@ template <class T, bool VECTORS> struct Pass {
 
 #define RUNG_PASS template <class T, bool VECTORS> __attribute__((noinline)) void
 
-// ---- A -------------------------------------------------------------------------------------------------------------
+// ---- A ------------------------------------------------------------------------------------------------------------
 
 // A_1k = sum of r_identity w_k; keeps u.
 RUNG_PASS forward_vectors(const Pass<T, VECTORS>& given, T* A) {
   const Pass<T, VECTORS> pass = given;
+  const int64_t C = pass.graph.C;
   Pack<T> identity[1][R];
   pass.template load_column<1>(pass.weights, IDENTITY, identity);
   for (int64_t receiver = pass.first; receiver < pass.last; receiver++) {
     Pack<T> sum[3] = {};
     for (int64_t e = pass.edge(receiver), k = pass.local(e); e < pass.edge(receiver + 1); e++, k++) {
-      const Vector<T> vectors = pass.w(k);
-      const Pack<T> w[3] = {load_once(vectors.w), load_once(vectors.w + vectors.C), load_once(vectors.w + 2 * vectors.C)};
+      const T* place = pass.w(k).w;
+      const Pack<T> w[3] = {load_once(place), load_once(place + C), load_once(place + 2 * C)};
       const T* Y = pass.Y(e, 1);
       Pack<T> r[1];
       radial_sum<T, 1>(identity, pass.s(e), r);
       store(pass.rows.u + k * WIDTH<T>, w[0] * Y[0] + w[1] * Y[1] + w[2] * Y[2]);
       RUNG_UNROLL for (int i = 0; i < 3; i++) sum[i] += r[0] * w[i];
     }
-    RUNG_UNROLL for (int i = 0; i < 3; i++) store(A + pass.harmonics(receiver, 1) + i * pass.graph.C, sum[i]);
+    RUNG_UNROLL for (int i = 0; i < 3; i++) store(A + pass.harmonics(receiver, 1) + i * C, sum[i]);
   }
 }
 
@@ -146,7 +150,7 @@ __attribute__((noinline)) void forward_degree(const Pass<T, VECTORS>& given, T* 
   }
 }
 
-// ---- gradients of x, w and the weights -----------------------------------------------------------------------------------
+// ---- gradients of x, w and the weights ----------------------------------------------------------------------------
 
 // u of all edges; the derivatives with respect to it begin at 0.
 RUNG_PASS project_vectors(const Pass<T, VECTORS>& given) {
@@ -161,8 +165,8 @@ RUNG_PASS project_vectors(const Pass<T, VECTORS>& given) {
   }
 }
 
-// One column of weights of the degree l: with x, or if ON_AXIS with u. NODES adds to the gradient of x (or u), WEIGHTS to
-// that of the column. With vectors the first column leaves q for the second.
+// One column of weights of the degree l: with x, or if ON_AXIS with u. NODES adds to the gradient of x (or u),
+// WEIGHTS to that of the column. With vectors the first column leaves q for the second.
 template <int l, bool ON_AXIS, bool NODES, bool WEIGHTS, class T, bool VECTORS>
 __attribute__((noinline)) void gradient_column(const Pass<T, VECTORS>& given) {
   const Pass<T, VECTORS> pass = given;
@@ -230,7 +234,7 @@ __attribute__((noinline)) void gradient_identity(const Pass<T, VECTORS>& given) 
   if constexpr (WEIGHTS) pass.store_column(IDENTITY, g_weights);
 }
 
-// ---- the same of the derivative along the cotangents, and the gradient of B -------------------------------------------------
+// ---- the same of the derivative along the cotangents, and the gradient of B ---------------------------------------
 
 // As gradient_column, all at once; the last column of the degree adds up A_m.
 template <int l, bool ON_AXIS, class T, bool VECTORS>
@@ -282,7 +286,8 @@ __attribute__((noinline)) void second_column(const Pass<T, VECTORS>& given, T* A
         store(rows.p + k * W, P), store(rows.pt + k * W, Pt);
       }
     }
-    if constexpr (SPREADS) RUNG_UNROLL for (int m = 0; m < M; m++) store(A + pass.harmonics(receiver, l) + m * C, sum[m]);
+    if constexpr (SPREADS)
+      RUNG_UNROLL for (int m = 0; m < M; m++) store(A + pass.harmonics(receiver, l) + m * C, sum[m]);
   }
   pass.store_column(COLUMN_INDEX, g_weights);
 }

@@ -1,4 +1,5 @@
-// Sums that several threads make together: their order is fixed by the number of parts that the receivers are divided into.
+// Sums that several threads make together: their order is fixed by the number of parts that the receivers are divided
+// into.
 #pragma once
 
 #include <algorithm>
@@ -52,8 +53,9 @@ template <class F> void for_parts(const Graph& graph, F&& work) {
   for (int part = 0; part < graph.parts; part++) work(part, graph.part_begin(part), graph.part_begin(part + 1));
 }
 
-// Sums over a sender's edges of rows of `width` numbers. Each part adds to rows of its own for the range of senders that
-// it meets; where that takes more memory than a row for each edge, it fills in those, to be added through `reverse`.
+// Sums over a sender's edges of rows of `width` numbers. Each part adds to rows of its own for the range of senders
+// that it meets; where that takes more memory than a row for each edge, it fills in those, to be added through
+// `reverse`.
 template <class T> class SenderSums {
  public:
   SenderSums(const Graph& graph, int64_t width, T* out) : graph_(graph), width_(width), out_(out) {
@@ -108,7 +110,8 @@ template <class T> class SenderSums {
           add(sum, buffer_.get() + graph_.reverse[e] * width_);
       } else {
         for (const Range& range : ranges_)
-          if (range.low <= atom && atom < range.high) add(sum, buffer_.get() + (range.start + atom - range.low) * width_);
+          if (range.low <= atom && atom < range.high)
+            add(sum, buffer_.get() + (range.start + atom - range.low) * width_);
       }
     }
   }
@@ -139,7 +142,8 @@ template <class T> class SenderSums {
 // The gradients of the weights: each part sums in T over a limited number of edges, and these sums in double.
 template <class T, bool VECTORS> class WeightSums {
  public:
-  WeightSums(const Graph& graph, bool wanted) : size_(wanted ? graph.C * COLUMNS<VECTORS> * R : 0), parts_(graph.parts) {
+  WeightSums(const Graph& graph, bool wanted)
+      : size_(wanted ? graph.C * COLUMNS<VECTORS> * R : 0), parts_(graph.parts) {
     sums_.resize(size_ * parts_);
     totals_.resize(size_ * parts_);
   }
@@ -153,7 +157,7 @@ template <class T, bool VECTORS> class WeightSums {
 
     void count(int64_t more) {
       edges += more;
-      if (edges >= 256) flush();  // sequential sums of more would have errors far above the rounding of one
+      if (edges >= 512) flush();  // sequential sums of more would have errors far above the rounding of one
     }
     void flush() {
       for (int64_t k = 0; k < size; k++) totals[k] += sums[k], sums[k] = 0;
