@@ -132,7 +132,7 @@ def vector_flops(edge_channels: int, R: int, degrees: int) -> tuple[float, float
     """
     radial, L = 2 * R * (2 * degrees + 1), degrees**2
     forward = 6 + radial + 3 * degrees + 2 * L + 6
-    backward = forward + radial + 2 * L + 6 * degrees + 24
+    backward = forward + radial + 2 * L + 6 * degrees + 18
     double_backward = 60 + 4 * radial + 8 * L + 28 * degrees
     return edge_channels * forward, edge_channels * backward, edge_channels * double_backward
 
