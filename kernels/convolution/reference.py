@@ -59,7 +59,8 @@ class _Slots:
 
     def __init__(self, edges: Edges) -> None:
         receivers = edges.receivers.long()
-        self.num_atoms, self.width = len(edges.row_ptr) - 1, int(edges.row_ptr.diff().max()) if len(edges.row_ptr) > 1 else 0
+        self.num_atoms = len(edges.row_ptr) - 1
+        self.width = int(edges.row_ptr.diff().max()) if self.num_atoms else 0
         place_E = torch.arange(len(receivers), device=receivers.device) - edges.row_ptr[receivers]
         self.slot_E = receivers * self.width + place_E
 
