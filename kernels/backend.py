@@ -85,10 +85,7 @@ def native(
     choice = backend()
     if choice == "reference":
         return False
-    key = (op, tensor.device, tensor.dtype, channels, num_radial, l_max)
-    reason = _reasons.get(key)
-    if reason is None:
-        reason = _reasons[key] = _why_not(*key)
+    reason = _reason(op, tensor, channels, num_radial, l_max)
     if not reason:
         return True
     if choice == "native":
@@ -102,6 +99,14 @@ def native(
             stacklevel=3,
         )
     return False
+
+
+def _reason(op: str, tensor: Tensor, channels: int, num_radial: int | None, l_max: int | None) -> str:
+    """Return what `_why_not` says; asked once for a kind of input, as it may compile."""
+    key = (op, tensor.device, tensor.dtype, channels, num_radial, l_max)
+    if key not in _reasons:
+        _reasons[key] = _why_not(*key)
+    return _reasons[key]
 
 
 def _why_not(
@@ -134,5 +139,5 @@ def description(like: Tensor, *, channels: int, num_radial: int, l_max: int) -> 
         return "PyTorch reference (as asked)"
     for op in ("edge_basis", "convolution", "invariants"):
         if not native(op, like, channels=channels, num_radial=num_radial, l_max=l_max):
-            return f"PyTorch reference: {_why_not(op, like.device, like.dtype, channels, num_radial, l_max)}"
+            return f"PyTorch reference: {_reason(op, like, channels, num_radial, l_max)}"
     return f"native, {'; '.join(sorted(_described))}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rung.kernels.edges import Edges
+from rung.kernels.invariants.table import DEGREE_OF_SIZE
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
@@ -20,6 +21,14 @@ def check_floating(op: str, name: str, tensor: Tensor, shape: tuple[int | str, .
     if not tensor.is_floating_point():
         raise ValueError(f"{op}: {name}: expected a floating-point tensor, found {tensor.dtype}")
     _check(op, name, tensor, shape, tensor.dtype, tensor.device)
+
+
+def check_l_max(op: str, name: str, tensor: Tensor, shape: str) -> int:
+    """Return l_max of a tensor whose second size is L = (l_max + 1)^2; raise ValueError, with `shape`, for another."""
+    l_max = DEGREE_OF_SIZE.get(tensor.shape[1])
+    if l_max is None:
+        raise ValueError(f"{op}: {name}: expected {shape} with L = 1, 4, 9 or 16, found {list(tensor.shape)}")
+    return l_max
 
 
 def check_edges(op: str, edges: Edges, num_edges: int, num_atoms: int, device: torch.device) -> None:

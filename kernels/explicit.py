@@ -16,8 +16,7 @@ from torch import Tensor
 
 from rung.kernels import backend
 from rung.kernels.mixing import cpu, reference
-
-MANY_ROWS = 256  # torch's product has the cheaper call; from here on the native one is as fast, or twice as fast on AMD
+from rung.kernels.mixing.op import is_large, is_native
 
 
 class Operations(NamedTuple):
@@ -30,7 +29,7 @@ class Operations(NamedTuple):
     invariants: Callable[[Tensor], Tensor]
     invariants_backward: Callable[[Tensor, Tensor], Tensor]
     mix: Callable[[Tensor, Tensor], Tensor]  # A [N, L, C], weights [l, C, C]
-    matmul: Callable[[Tensor, Tensor], Tensor]  # x [N, K], weights [K, C]
+    matmul: Callable[[Tensor, Tensor], Tensor]  # x [N, K], weights [K, C]; K and C multiples of 16
 
 
 def native_operations(like: Tensor, *, channels: int, num_radial: int, l_max: int) -> Operations | None:
@@ -41,7 +40,7 @@ def native_operations(like: Tensor, *, channels: int, num_radial: int, l_max: in
         and backend.native("invariants", like, channels=channels, l_max=l_max)
     ):
         return None
-    return _operations(like.device.type, like.device.type == "cpu" and backend.native("mixing", like))
+    return _operations(like.device.type, is_native(like, channels))
 
 
 @cache
@@ -66,7 +65,4 @@ def _native_mix(A: Tensor, weights: Tensor) -> Tensor:
 
 
 def _native_matmul(x: Tensor, weights: Tensor) -> Tensor:
-    K, C = weights.shape
-    if x.shape[0] < MANY_ROWS or K % backend.CHANNEL_MULTIPLE or C % backend.CHANNEL_MULTIPLE:
-        return torch.mm(x, weights)
-    return cpu.matmul(x, weights, False)
+    return cpu.matmul(x, weights, False) if is_large(x, weights) else torch.mm(x, weights)

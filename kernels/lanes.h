@@ -1,5 +1,6 @@
 // The lane pack: what one thread holds of consecutive channels. On a CPU a SIMD vector, on a GPU a small register array.
-// The mathematics of the operations is written once, on packs: it needs only +, -, * of packs and of a pack and a number.
+// The mathematics of an operation is written on packs and needs only +, -, * of packs and of a pack and a number: once
+// for both where it is generated, twice in the convolution, whose loops keep other things in registers on a GPU.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__) || defined(RUNG_HOST_FIBERS)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from rung.kernels import backend
-from rung.kernels.check import check_edges, check_floating, check_tensor
+from rung.kernels.check import check_edges, check_floating, check_l_max, check_tensor
 from rung.kernels.convolution import reference
 from rung.kernels.convolution.reference import VectorMessage
 from rung.kernels.edges import Edges
-from rung.kernels.invariants.table import DEGREE_OF_SIZE
 from rung.kernels.registration import needed, no_third_derivative, register
 
 
@@ -58,10 +57,8 @@ def check_arguments(
     check_floating("convolve", "x", x_NC, ("N", "C"))
     N, C = x_NC.shape
     check_tensor("convolve", "harmonics", harmonics_EL, ("E", "L"), x_NC)
-    E, L = harmonics_EL.shape
-    if L not in DEGREE_OF_SIZE:
-        raise ValueError(f"convolve: harmonics: expected [E, L] with L = 1, 4, 9 or 16, found {[E, L]}")
-    num_degrees = DEGREE_OF_SIZE[L] + 1
+    E = harmonics_EL.shape[0]
+    num_degrees = check_l_max("convolve", "harmonics", harmonics_EL, "[E, L]") + 1
     check_tensor("convolve", "weights", weights_RlC, ("R", num_degrees, C), x_NC)
     R = weights_RlC.shape[0]
     check_tensor("convolve", "radial", radial_ER, (E, R), x_NC)

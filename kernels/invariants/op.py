@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rung.kernels import backend
-from rung.kernels.check import check_floating
+from rung.kernels.check import check_floating, check_l_max
 from rung.kernels.invariants import reference
 from rung.kernels.invariants.table import DEGREE_OF_SIZE, NUM_INVARIANTS
 from rung.kernels.registration import needed, no_third_derivative, register
@@ -21,11 +21,8 @@ def invariants(A_NLC: Tensor) -> Tensor:
     Raises ValueError when A is not contiguous or L is not (l_max + 1)^2 with l_max in 0..3.
     """
     check_floating("invariants", "A", A_NLC, ("N", "L", "C"))
-    if A_NLC.shape[1] not in DEGREE_OF_SIZE:
-        raise ValueError(f"invariants: A: expected [N, L, C] with L = 1, 4, 9 or 16, found {list(A_NLC.shape)}")
-    if A_NLC.shape[1] > 1 and backend.native(
-        "invariants", A_NLC, channels=A_NLC.shape[2], l_max=DEGREE_OF_SIZE[A_NLC.shape[1]]
-    ):
+    l_max = check_l_max("invariants", "A", A_NLC, "[N, L, C]")
+    if l_max > 0 and backend.native("invariants", A_NLC, channels=A_NLC.shape[2], l_max=l_max):
         values: Tensor = torch.ops.rung.invariants(A_NLC)
         return values
     return reference.invariants(A_NLC)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rung.kernels import backend
-from rung.kernels.check import check_floating, check_tensor
+from rung.kernels import backend, library
+from rung.kernels.check import check_floating, check_l_max, check_tensor
 from rung.kernels.invariants.table import DEGREE_OF_SIZE
 from rung.kernels.mixing import reference
 from rung.kernels.registration import needed, register
 
-# Multiplications from which the native product is worth its call. MKL is as fast on Intel's processors, but reaches
-# only 35-40 % of the peak on AMD's; the native kernels do not depend on the maker.
+# Multiplications from which the native product is worth its call. MKL is as fast on the Intel processor measured; on
+# an AMD one it reached only 35-40 % of the peak (the native product was not measured there).
 LARGE_PRODUCT = 1 << 25
 
 
@@ -29,11 +29,9 @@ def mix(A_NLC: Tensor, weights_lCC: Tensor) -> Tensor:
     Raises ValueError, naming the argument, for a tensor that is not contiguous or does not fit the other.
     """
     check_floating("mix", "A", A_NLC, ("N", "L", "C"))
-    _, L, C = A_NLC.shape
-    if L not in DEGREE_OF_SIZE:
-        raise ValueError(f"mix: A: expected [N, L, C] with L = 1, 4, 9 or 16, found {list(A_NLC.shape)}")
-    check_tensor("mix", "weights", weights_lCC, (DEGREE_OF_SIZE[L] + 1, C, C), A_NLC)
-    if _is_native(A_NLC, C):
+    C = A_NLC.shape[2]
+    check_tensor("mix", "weights", weights_lCC, (check_l_max("mix", "A", A_NLC, "[N, L, C]") + 1, C, C), A_NLC)
+    if is_native(A_NLC, C):
         mixed: Tensor = torch.ops.rung.mix(A_NLC, weights_lCC, False)
         return mixed
     return reference.mix(A_NLC, weights_lCC)
@@ -47,15 +45,20 @@ def matmul(x_NK: Tensor, weights_KC: Tensor) -> Tensor:
     """
     check_floating("matmul", "x", x_NK, ("N", "K"))
     check_tensor("matmul", "weights", weights_KC, (x_NK.shape[1], "C"), x_NK)
-    if x_NK.shape[0] * weights_KC.numel() >= LARGE_PRODUCT and _is_native(x_NK, *weights_KC.shape):
+    if is_large(x_NK, weights_KC) and is_native(x_NK, *weights_KC.shape):
         product: Tensor = torch.ops.rung.matmul(x_NK, weights_KC, False)
         return product
     return x_NK @ weights_KC
 
 
-def _is_native(tensor: Tensor, *sizes: int) -> bool:
+def is_large(x_NK: Tensor, weights_KC: Tensor) -> bool:
+    """Return whether a product is worth a native call."""
+    return x_NK.shape[0] * weights_KC.numel() >= LARGE_PRODUCT
+
+
+def is_native(tensor: Tensor, *sizes: int) -> bool:
     """Return whether the native kernels are used: elsewhere torch's own product is as good, so nothing is warned of."""
-    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
+    if tensor.device.type != "cpu" or tensor.dtype not in library.SUFFIX:
         return False
     return not any(size % backend.CHANNEL_MULTIPLE for size in sizes) and backend.native("mixing", tensor)
 
