@@ -1,0 +1,392 @@
+"""StructureTable: many structures as flat arrays, the form in which they are read, checked, stored, dealt and batched.
+
+A loop over `Structure` objects costs tens of microseconds each; on arrays the same work costs tens of nanoseconds an
+atom. `StructureTable.of` and iteration go from the one form to the other; `validate` of `structure.py` stays the
+definition of what is valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rung.data.structure import MAX_ATOMIC_NUMBER, MAX_FORCE, Labels, Structure, validate
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+
+
+class LabelKind(NamedTuple):
+    """How one kind of label is laid out: one row per structure, or one per atom."""
+
+    dtype: type[np.floating[Any]]
+    per_atom: bool
+    shape: tuple[int, ...]  # of a row
+
+
+LABEL_KINDS: dict[str, LabelKind] = {
+    "energy": LabelKind(np.float64, False, ()),  # total energy, eV
+    "forces": LabelKind(np.float32, True, (3,)),  # eV/angstrom
+    "stress": LabelKind(np.float32, False, (3, 3)),  # eV/angstrom^3, ASE's sign
+    "dipole": LabelKind(np.float32, False, (3,)),  # e angstrom
+}
+
+
+@dataclass(frozen=True)
+class Strings:
+    """M texts in one buffer: text m is the UTF-8 of bytes offsets[m]..offsets[m + 1]."""
+
+    text: NDArray[np.uint8]
+    offsets: NDArray[np.int64]  # [M + 1], from 0
+
+    @staticmethod
+    def of(texts: Sequence[str]) -> Strings:
+        encoded = [text.encode() for text in texts]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return Strings(np.frombuffer(b"".join(encoded), np.uint8), offsets_of(lengths))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self.text[self.offsets[index] : self.offsets[index + 1]].tobytes().decode()
+
+    def tolist(self) -> list[str]:
+        return [part.decode() for part in self.tobytes()]
+
+    def tobytes(self) -> list[bytes]:
+        """Return the UTF-8 of each text."""
+        buffer, offsets = self.text.tobytes(), self.offsets.tolist()
+        return [buffer[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+
+    def take(self, index: NDArray[np.integer]) -> Strings:
+        lengths = np.diff(self.offsets)[index]
+        return Strings(self.text[ragged_index(self.offsets[:-1][index], lengths)], offsets_of(lengths))
+
+
+@dataclass(frozen=True)
+class StructureTable:
+    """M structures with N atoms in all; the atoms of structure m are rows offsets[m]..offsets[m + 1].
+
+    `labels` maps "<kind>.<fidelity>" (kinds: LABEL_KINDS) to an array, NaN where a structure does not have the label.
+    """
+
+    keys: Strings  # [M], unique within a dataset
+    groups: Strings  # [M], the identity (molecule) by which a dataset is split
+    num_atoms: NDArray[np.int32]  # [M]
+    numbers: NDArray[np.uint8]  # [N], atomic numbers
+    positions: NDArray[np.float32]  # [N, 3], angstrom
+    cell: NDArray[np.float32]  # [M, 3, 3], rows are lattice vectors; zeros for molecules
+    pbc: NDArray[np.bool_]  # [M, 3]
+    charge: NDArray[np.int8]  # [M], elementary charges
+    multiplicity: NDArray[np.uint8]  # [M], 2S + 1
+    labels: dict[str, Array] = field(default_factory=dict)
+
+    @staticmethod
+    def make(
+        keys: Sequence[str] | Strings,
+        groups: Sequence[str] | Strings,
+        num_atoms: ArrayLike,
+        numbers: ArrayLike,
+        positions: ArrayLike,
+        *,
+        cell: ArrayLike | None = None,
+        pbc: ArrayLike | None = None,
+        charge: ArrayLike = 0,
+        multiplicity: ArrayLike = 1,
+        labels: Mapping[str, ArrayLike] | None = None,
+    ) -> StructureTable:
+        """Return a table of arrays of any dtype and of [M, n, 3] or [N, 3] layout, in the units stated above.
+
+        Scalars of charge and multiplicity hold for all. Raises ValueError naming the array for a length or shape that
+        does not fit `num_atoms`, and for a whole number that its dtype cannot hold.
+        """
+        counts = _whole("num_atoms", num_atoms, np.int32).reshape(-1)
+        M, N = len(counts), int(counts.sum(dtype=np.int64))
+        keys, groups = (value if isinstance(value, Strings) else Strings.of(value) for value in (keys, groups))
+        for name, strings in (("keys", keys), ("groups", groups)):
+            if len(strings) != M:
+                raise ValueError(f"{name}: expected one per structure ({M}), found {len(strings)}")
+        return StructureTable(
+            keys=keys,
+            groups=groups,
+            num_atoms=counts,
+            numbers=_shaped("numbers", _whole("numbers", numbers, np.uint8), (N,)),
+            positions=_shaped("positions", np.asarray(positions, np.float32), (N, 3)),
+            cell=_per_structure("cell", np.zeros((3, 3)) if cell is None else cell, np.float32, (M, 3, 3)),
+            pbc=_per_structure("pbc", False if pbc is None else pbc, np.bool_, (M, 3)),
+            charge=_per_structure("charge", _whole("charge", charge, np.int8), np.int8, (M,)),
+            multiplicity=_per_structure("multiplicity", _whole("multiplicity", multiplicity, np.uint8), np.uint8, (M,)),
+            labels={name: _label(name, value, M, N) for name, value in (labels or {}).items()},
+        )
+
+    @staticmethod
+    def of(structures: Sequence[Structure]) -> StructureTable:
+        """Return the table of `structures`, each of which must be valid (`rung.data.structure.validate`)."""
+        if not structures:
+            return StructureTable.make([], [], [], [], np.zeros((0, 3)))
+        names = sorted({name for s in structures for name in s.labels})
+        labels = {
+            f"{kind}.{name}": array
+            for name in names
+            for kind in LABEL_KINDS
+            if (array := _label_rows(structures, name, kind)) is not None
+        }
+        return StructureTable(
+            keys=Strings.of([s.key for s in structures]),
+            groups=Strings.of([s.group for s in structures]),
+            num_atoms=np.array([s.num_atoms for s in structures], np.int32),
+            numbers=np.concatenate([s.numbers for s in structures]),
+            positions=np.concatenate([s.positions for s in structures]),
+            cell=np.stack([s.cell for s in structures]),
+            pbc=np.stack([s.pbc for s in structures]).astype(np.bool_),
+            charge=np.array([s.charge for s in structures], np.int8),
+            multiplicity=np.array([s.multiplicity for s in structures], np.uint8),
+            labels=labels,
+        )
+
+    @staticmethod
+    def concatenate(tables: Sequence[StructureTable]) -> StructureTable:
+        """Return the structures of all tables, in order; a label that a table does not have is NaN there."""
+        if len(tables) == 1:
+            return tables[0]
+        if not tables:
+            return StructureTable.of([])
+        names = dict.fromkeys(name for table in tables for name in table.labels)
+        return StructureTable(
+            keys=_joined([table.keys for table in tables]),
+            groups=_joined([table.groups for table in tables]),
+            labels={name: np.concatenate([table._label_or_nan(name) for table in tables]) for name in names},
+            **{
+                name: np.concatenate([getattr(table, name) for table in tables])
+                for name in ("num_atoms", "numbers", "positions", "cell", "pbc", "charge", "multiplicity")
+            },
+        )
+
+    def __len__(self) -> int:
+        return len(self.num_atoms)
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """First atom of each structure, and N; [M + 1]."""
+        return offsets_of(self.num_atoms)
+
+    @property
+    def structure(self) -> NDArray[np.int64]:
+        """The structure of each atom; [N]."""
+        return np.repeat(np.arange(len(self)), self.num_atoms)
+
+    @property
+    def fidelities(self) -> list[str]:
+        """Names of the fidelities that have a label array, sorted."""
+        return sorted({name.partition(".")[2] for name in self.labels})
+
+    def has(self, kind: str, fidelity: str) -> Mask:
+        """Return which structures have a label: its rows are not all NaN; [M]."""
+        array = self.labels.get(f"{kind}.{fidelity}")
+        if array is None:
+            return np.zeros(len(self), np.bool_)
+        known = ~_every(np.isnan(array))
+        return self.any_atom(known) if LABEL_KINDS[kind].per_atom else known
+
+    def carries(self, fidelity: str) -> Mask:
+        """Return which structures have any label at `fidelity`; [M]."""
+        found = np.zeros(len(self), np.bool_)
+        for kind in LABEL_KINDS:
+            found |= self.has(kind, fidelity)
+        return found
+
+    def any_atom(self, values_N: Mask) -> Mask:
+        """Return which structures have an atom for which `values_N` holds; [M]. Every structure must have an atom."""
+        found: Mask = np.logical_or.reduceat(values_N, self.offsets[:-1]) if len(self) else values_N[:0]
+        return found
+
+    def at(self, fidelity: str) -> StructureTable:
+        """Return the structures that carry `fidelity`, with the labels of no other."""
+        labels = {name: array for name, array in self.labels.items() if name.partition(".")[2] == fidelity}
+        return dataclasses.replace(self, labels=labels).where(self.carries(fidelity))
+
+    def where(self, mask: Mask) -> StructureTable:
+        """Return the structures for which `mask` [M] holds."""
+        return self if mask.all() else self.take(np.flatnonzero(mask))
+
+    def take(self, index: NDArray[np.integer]) -> StructureTable:
+        """Return the structures at `index`, in that order; copies."""
+        num_atoms = self.num_atoms[index]
+        atoms = ragged_index(self.offsets[:-1][index], num_atoms)
+        return StructureTable(
+            keys=self.keys.take(index),
+            groups=self.groups.take(index),
+            num_atoms=num_atoms,
+            numbers=self.numbers[atoms],
+            positions=self.positions[atoms],
+            cell=self.cell[index],
+            pbc=self.pbc[index],
+            charge=self.charge[index],
+            multiplicity=self.multiplicity[index],
+            labels={n: array[atoms if _kind(n).per_atom else index] for n, array in self.labels.items()},
+        )
+
+    def __getitem__(self, index: int) -> Structure:
+        """Return one structure; its arrays are views."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = int(self.num_atoms[:index].sum(dtype=np.int64))
+        return self._one(index, slice(start, start + int(self.num_atoms[index])))
+
+    def __iter__(self) -> Iterator[Structure]:
+        offsets = self.offsets.tolist()
+        for index in range(len(self)):
+            yield self._one(index, slice(offsets[index], offsets[index + 1]))
+
+    def _one(self, index: int, atoms: slice) -> Structure:
+        found: dict[str, dict[str, Any]] = {}
+        for name, array in self.labels.items():
+            kind, _, fidelity = name.partition(".")
+            value = array[atoms if LABEL_KINDS[kind].per_atom else index]
+            if not np.isnan(value).all():
+                found.setdefault(fidelity, {})[kind] = float(value) if kind == "energy" else value
+        return Structure(
+            key=self.keys[index],
+            group=self.groups[index],
+            numbers=self.numbers[atoms],
+            positions=self.positions[atoms],
+            cell=self.cell[index],
+            pbc=self.pbc[index],
+            charge=int(self.charge[index]),
+            multiplicity=int(self.multiplicity[index]),
+            labels={fidelity: Labels(**found[fidelity]) for fidelity in sorted(found)},
+        )
+
+    def _label_or_nan(self, name: str) -> Array:
+        if name in self.labels:
+            return self.labels[name]
+        kind = _kind(name)
+        return np.full((len(self.numbers) if kind.per_atom else len(self), *kind.shape), np.nan, kind.dtype)
+
+
+def faults(table: StructureTable) -> dict[int, str]:
+    """Return index -> reason of every structure that `rung.data.structure.validate` refuses."""
+    if not len(table):
+        return {}
+    if int(table.num_atoms.min()) < 1:
+        return {int(m): _reason(table, int(m)) for m in np.flatnonzero(table.num_atoms < 1)}
+    bad = table.any_atom((table.numbers < 1) | (table.numbers > MAX_ATOMIC_NUMBER))
+    bad |= table.any_atom(_any(~np.isfinite(table.positions)))
+    bad |= _any(~np.isfinite(table.cell))
+    periodic = table.pbc.any(axis=1)
+    if periodic.any():
+        bad[periodic] |= np.abs(np.linalg.det(table.cell[periodic].astype(np.float64))) < 1e-6
+    bad |= table.multiplicity < 1
+    for name, array in table.labels.items():
+        infinite, some = _any(np.isinf(array)), _any(~np.isfinite(array))
+        if _kind(name).per_atom:
+            some, infinite = table.any_atom(some), table.any_atom(infinite)
+            with np.errstate(invalid="ignore"):
+                bad |= table.any_atom(_any(np.abs(array) > MAX_FORCE))
+        bad |= infinite | (some & table.has(*name.split(".", 1)))
+    return {int(m): reason for m in np.flatnonzero(bad) if (reason := _reason(table, int(m)))}
+
+
+def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return where each of consecutive runs begins, and where the last ends: cumulative sums from 0."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def ragged_index(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return the concatenation of the ranges starts[m]..starts[m] + lengths[m]."""
+    offsets = offsets_of(lengths)
+    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+
+
+def _any(values: Mask) -> Mask:
+    """Return which rows have a value that holds; [len(values)]."""
+    found: Mask = np.asarray(values.reshape(len(values), int(np.prod(values.shape[1:]))).any(axis=1))
+    return found
+
+
+def _every(values: Mask) -> Mask:
+    return ~_any(~values)
+
+
+def pair_grid(num_atoms: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the atoms (i, j) of all n^2 ordered pairs of each structure, i = j included, in the order of (i, j)."""
+    sizes = np.repeat(num_atoms, num_atoms)  # of each atom's structure
+    first = np.repeat(np.arange(len(sizes)), sizes)
+    return first, ragged_index(np.repeat(offsets_of(num_atoms)[:-1], num_atoms), sizes)
+
+
+def _reason(table: StructureTable, index: int) -> str:
+    try:
+        validate(table[index])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _joined(strings: Sequence[Strings]) -> Strings:
+    lengths = np.concatenate([np.diff(item.offsets) for item in strings])
+    return Strings(np.concatenate([item.text for item in strings]), offsets_of(lengths))
+
+
+def _kind(name: str) -> LabelKind:
+    kind = LABEL_KINDS.get(name.partition(".")[0])
+    if kind is None or "." not in name:
+        expected = f"'<kind>.<fidelity>' with a kind of {', '.join(LABEL_KINDS)}"
+        raise ValueError(f"labels: expected {expected}, found '{name}'")
+    return kind
+
+
+def _label(name: str, value: ArrayLike, M: int, N: int) -> Array:
+    kind = _kind(name)
+    return _shaped(name, np.asarray(value, kind.dtype), (N if kind.per_atom else M, *kind.shape))
+
+
+def _label_rows(structures: Sequence[Structure], fidelity: str, kind: str) -> Array | None:
+    dtype, per_atom, tail = LABEL_KINDS[kind]
+    values = [getattr(s.labels.get(fidelity, Labels()), kind) for s in structures]
+    if all(value is None for value in values):
+        return None
+    shapes = [(s.num_atoms, *tail) if per_atom else (1, *tail) for s in structures]
+    rows = [
+        np.full(shape, np.nan, dtype) if value is None else np.asarray(value, dtype).reshape(shape)
+        for value, shape in zip(values, shapes, strict=True)
+    ]
+    return np.concatenate(rows)
+
+
+def _shaped(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """Return the array in `shape`, from [N, ...] or [M, n, ...]; raise ValueError when it does not hold as much."""
+    tail = shape[1:]
+    if array.size != np.prod(shape, dtype=np.int64) or array.shape[array.ndim - len(tail) :] != tail:
+        raise ValueError(f"{name}: expected shape {shape}, found {array.shape}")
+    return np.ascontiguousarray(array.reshape(shape))
+
+
+def _per_structure(name: str, value: ArrayLike, dtype: type[np.generic], shape: tuple[int, ...]) -> Array:
+    array = np.asarray(value, dtype)
+    if array.ndim < len(shape) and array.shape in ((), shape[1:]):
+        return np.array(np.broadcast_to(array, shape))
+    return _shaped(name, array, shape)
+
+
+def _whole(name: str, value: ArrayLike, dtype: type[np.integer[Any]]) -> Array:
+    array = np.asarray(value)
+    if array.size == 0:
+        return array.astype(dtype)
+    if array.dtype == dtype:
+        return array
+    limits = np.iinfo(dtype)
+    with np.errstate(invalid="ignore"):
+        if array.dtype.kind not in "iufb" or (np.round(array) != array).any():
+            raise ValueError(f"{name}: expected whole numbers, found {array.dtype} {array.reshape(-1)[:4].tolist()}")
+    if array.min() < limits.min or array.max() > limits.max:
+        raise ValueError(f"{name}: expected {limits.min}..{limits.max}, found {array.min()}..{array.max()}")
+    return array.astype(dtype)
