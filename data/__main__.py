@@ -7,5 +7,5 @@ parser = argparse.ArgumentParser(prog="python -m rung.data", description=cli.__d
 cli.add_arguments(parser)
 try:
     sys.exit(cli.run(parser.parse_args()))
-except (ValueError, FileNotFoundError, FileExistsError) as error:
+except (ValueError, OSError) as error:
     parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rung.data.fidelity import unknown_fidelity
-from rung.data.graph import Graph, structure_graph
+from rung.data.graph import Graph, table_graph
 from rung.data.structure import Structure
+from rung.data.table import StructureTable
+
+DRAWN = "drawn"  # the name under which Samples hold the labels of each structure's own fidelity
+_PIECE_ATOMS = 8192  # whose graph is made at a time: a few hundred thousand edges
+_PIECE_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,57 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Samples:
+    """M samples as arrays: what streams deal and batches are made of."""
+
+    table: StructureTable  # labels: those that go into the batch, under the name DRAWN
+    fidelities: tuple[str, ...]  # names that `fidelity` counts in
+    fidelity: NDArray[np.int64]  # [M]
+    energy_weight: NDArray[np.float32]  # [M]
+    forces_weight: NDArray[np.float32]  # [M]
+
+    @staticmethod
+    def of(samples: Sequence[Sample]) -> Samples:
+        """Return samples as arrays."""
+        names = tuple(dict.fromkeys(sample.fidelity for sample in samples))
+        drawn = [
+            replace(s, labels={DRAWN: s.labels[fidelity]} if fidelity in s.labels else {})
+            for s, fidelity, _, _ in samples
+        ]
+        return Samples(
+            table=StructureTable.of(drawn),
+            fidelities=names,
+            fidelity=np.array([names.index(sample.fidelity) for sample in samples], np.int64),
+            energy_weight=np.array([sample.energy_weight for sample in samples], np.float32),
+            forces_weight=np.array([sample.forces_weight for sample in samples], np.float32),
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Samples]) -> Samples:
+        """Return the samples of all parts, which count in the same names."""
+        return Samples(
+            table=StructureTable.concatenate([part.table for part in parts]),
+            fidelities=parts[0].fidelities,
+            fidelity=np.concatenate([part.fidelity for part in parts]),
+            energy_weight=np.concatenate([part.energy_weight for part in parts]),
+            forces_weight=np.concatenate([part.forces_weight for part in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def part(self, start: int, stop: int) -> Samples:
+        """Return samples start..stop."""
+        return Samples(
+            self.table.part(start, stop),
+            self.fidelities,
+            self.fidelity[start:stop],
+            self.energy_weight[start:stop],
+            self.forces_weight[start:stop],
+        )
+
+
+@dataclass(frozen=True)
 class Budget:
     """The largest batch that fits in memory: both numbers hold."""
 
@@ -112,46 +169,60 @@ class Budget:
 
 
 class Batcher:
-    """Collects samples into batches filled, in order, to both numbers of a budget.
-
-    `add` returns the batch that is complete because the new sample no longer fits (that sample then starts the next
-    batch), else None. `rest` returns what is left, None when nothing is.
-    """
+    """Cuts samples into batches filled, in order, to both numbers of a budget."""
 
     def __init__(self, fidelity_index: Mapping[str, int], cutoff: float, budget: Budget) -> None:
         self._fidelity_index = fidelity_index
         self._cutoff = cutoff
         self._budget = budget
-        self._samples: list[Sample] = []
-        self._graphs: list[Graph] = []
+        self._open: list[tuple[Samples, Graph]] = []  # of the batch that is not full yet
         self._num_atoms = 0
         self._num_edges = 0
 
-    def add(self, sample: Sample) -> Batch | None:
-        """Raises ValueError naming the structure when it is larger than the budget on its own."""
-        graph = structure_graph(sample.structure, self._cutoff)
-        atoms, edges = sample.structure.num_atoms, graph.num_edges
-        if atoms > self._budget.max_atoms or edges > self._budget.max_edges:
-            raise ValueError(
-                f"structure '{sample.structure.key}': {atoms} atoms and {edges} edges within {self._cutoff:g} angstrom "
-                f"exceed the budget of {self._budget.max_atoms} atoms and {self._budget.max_edges} edges per batch; "
-                "raise max_atoms and max_edges, or remove the structure"
-            )
-        too_many_atoms = self._num_atoms + atoms > self._budget.max_atoms
-        too_many_edges = self._num_edges + edges > self._budget.max_edges
-        full = self.rest() if too_many_atoms or too_many_edges else None
-        self._samples.append(sample)
-        self._graphs.append(graph)
-        self._num_atoms += atoms
-        self._num_edges += edges
-        return full
+    def add(self, samples: Samples) -> Iterator[tuple[Batch, int]]:
+        """Yield each batch that is complete because the next sample no longer fits, and how many samples are in by it.
+
+        The count is of `samples`: a batch ends before sample `count`, which begins the next one.
+        Raises ValueError naming a structure that is larger than the budget on its own.
+        """
+        for start, piece in _pieces(samples):
+            graph = table_graph(piece.table, self._cutoff)
+            atoms = piece.table.offsets
+            edges = graph.row_ptr[atoms]
+            self._check_sizes(piece.table, np.diff(atoms), np.diff(edges))
+            done = 0
+            while True:
+                # The open batch takes samples up to where either sum would exceed the budget.
+                by_atoms = np.searchsorted(atoms, atoms[done] + self._budget.max_atoms - self._num_atoms, "right") - 1
+                by_edges = np.searchsorted(edges, edges[done] + self._budget.max_edges - self._num_edges, "right") - 1
+                end = int(min(by_atoms, by_edges))
+                if end > done:
+                    self._open.append((piece.part(done, end), _slice(graph, atoms[done], atoms[end])))
+                    self._num_atoms += int(atoms[end] - atoms[done])
+                    self._num_edges += int(edges[end] - edges[done])
+                    done = end
+                if done == len(piece):
+                    break
+                batch = self.rest()
+                assert batch is not None
+                yield batch, start + done
 
     def rest(self) -> Batch | None:
-        if not self._samples:
+        """Return what is left, None when nothing is."""
+        if not self._open:
             return None
-        samples, graphs = self._samples, self._graphs
-        self._samples, self._graphs, self._num_atoms, self._num_edges = [], [], 0, 0
-        return _collate(samples, graphs, self._fidelity_index)
+        parts, graphs = zip(*self._open, strict=True)
+        self._open, self._num_atoms, self._num_edges = [], 0, 0
+        return _batch(Samples.concatenate(parts), _union(graphs), self._fidelity_index)
+
+    def _check_sizes(self, table: StructureTable, atoms: NDArray[np.int64], edges: NDArray[np.int64]) -> None:
+        too_large = np.flatnonzero((atoms > self._budget.max_atoms) | (edges > self._budget.max_edges))
+        for index in too_large.tolist():
+            raise ValueError(
+                f"structure '{table.keys[index]}': {atoms[index]} atoms and {edges[index]} edges within "
+                f"{self._cutoff:g} angstrom exceed the budget of {self._budget.max_atoms} atoms and "
+                f"{self._budget.max_edges} edges per batch; raise max_atoms and max_edges, or remove the structure"
+            )
 
 
 def batches(
@@ -159,9 +230,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield a finite set of samples, in order and each once, as batches within `budget`."""
     batcher = Batcher(fidelity_index, cutoff, budget)
-    for sample in samples:
-        if (full := batcher.add(sample)) is not None:
-            yield full
+    remaining = iter(samples)
+    while some := list(islice(remaining, _PIECE_SAMPLES)):
+        yield from (batch for batch, _ in batcher.add(Samples.of(some)))
     if (rest := batcher.rest()) is not None:
         yield rest
 
@@ -192,65 +263,73 @@ def collate(
     ):
         if len(values) != len(structures):
             raise ValueError(f"collate: {name}: expected one per structure ({len(structures)}), found {len(values)}")
-    samples = list(map(Sample, structures, fidelities, energy_weights, forces_weights))
-    return _collate(samples, [structure_graph(structure, cutoff) for structure in structures], fidelity_index)
+    samples = Samples.of(list(map(Sample, structures, fidelities, energy_weights, forces_weights)))
+    return _batch(samples, table_graph(samples.table, cutoff), fidelity_index)
 
 
-def _collate(samples: Sequence[Sample], graphs: Sequence[Graph], fidelity_index: Mapping[str, int]) -> Batch:
-    structures = [sample.structure for sample in samples]
-    num_atoms = np.array([structure.num_atoms for structure in structures])
-    num_edges = np.array([graph.num_edges for graph in graphs])
-    atom_offsets = np.cumsum(num_atoms) - num_atoms
-    edge_offsets = np.cumsum(num_edges) - num_edges
-    edge_atom_offset = np.repeat(atom_offsets, num_edges).astype(np.int32)
-    edge_edge_offset = np.repeat(edge_offsets, num_edges).astype(np.int32)
-    row_starts = [graph.row_ptr[:-1] + offset for graph, offset in zip(graphs, edge_offsets, strict=True)]
-    row_ptr = np.concatenate([*row_starts, [num_edges.sum()]]).astype(np.int32)
-    energy, forces, stress = _labels(samples, num_atoms, atom_offsets)
-    return Batch(
-        keys=tuple(structure.key for structure in structures),
-        numbers=torch.from_numpy(np.concatenate([structure.numbers for structure in structures]).astype(np.int64)),
-        positions=torch.from_numpy(np.concatenate([structure.positions for structure in structures])),
-        structure=torch.from_numpy(np.repeat(np.arange(len(structures)), num_atoms)),
-        cell=torch.from_numpy(np.stack([structure.cell for structure in structures])),
-        charge=torch.tensor([structure.charge for structure in structures]),
-        multiplicity=torch.tensor([structure.multiplicity for structure in structures]),
-        fidelity=torch.tensor([_row(sample, fidelity_index) for sample in samples]),
-        receivers=torch.from_numpy(np.concatenate([graph.receivers for graph in graphs]) + edge_atom_offset),
-        senders=torch.from_numpy(np.concatenate([graph.senders for graph in graphs]) + edge_atom_offset),
-        row_ptr=torch.from_numpy(row_ptr),
-        reverse=torch.from_numpy(np.concatenate([graph.reverse for graph in graphs]) + edge_edge_offset),
-        shifts=torch.from_numpy(np.concatenate([graph.shifts for graph in graphs])),
-        energy=torch.from_numpy(energy),
-        forces=torch.from_numpy(forces),
-        stress=torch.from_numpy(stress),
-        energy_weight=torch.tensor([sample.energy_weight for sample in samples], dtype=torch.float32),
-        forces_weight=torch.tensor([sample.forces_weight for sample in samples], dtype=torch.float32),
+def _pieces(samples: Samples) -> Iterator[tuple[int, Samples]]:
+    """Yield (index of the first, samples) of consecutive pieces of about _PIECE_ATOMS atoms."""
+    atoms, start = samples.table.offsets, 0
+    while start < len(samples):
+        stop = max(start + 1, int(np.searchsorted(atoms, atoms[start] + _PIECE_ATOMS, "right")) - 1)
+        yield start, samples.part(start, stop)
+        start = stop
+
+
+def _slice(graph: Graph, first_atom: int, last_atom: int) -> Graph:
+    """Return the graph of a range of atoms that has no edge to others."""
+    rows = graph.row_ptr[first_atom : last_atom + 1]
+    edges = slice(int(rows[0]), int(rows[-1]))
+    atom, edge = np.int32(first_atom), rows[0]
+    return Graph(
+        graph.receivers[edges] - atom,
+        graph.senders[edges] - atom,
+        rows - edge,
+        graph.reverse[edges] - edge,
+        graph.shifts[edges],
     )
 
 
-def _row(sample: Sample, fidelity_index: Mapping[str, int]) -> int:
-    if sample.fidelity not in fidelity_index:
-        raise unknown_fidelity(sample.fidelity, list(fidelity_index))
-    return fidelity_index[sample.fidelity]
+def _union(graphs: Sequence[Graph]) -> Graph:
+    """Return the graphs of consecutive atoms as one."""
+    if len(graphs) == 1:
+        return graphs[0]
+    atoms = np.cumsum([0, *(len(graph.row_ptr) - 1 for graph in graphs)], dtype=np.int32)
+    edges = np.cumsum([0, *(graph.num_edges for graph in graphs)], dtype=np.int32)
+    placed = list(zip(graphs, atoms, edges, strict=False))
+    return Graph(
+        np.concatenate([graph.receivers + atom for graph, atom, _ in placed]),
+        np.concatenate([graph.senders + atom for graph, atom, _ in placed]),
+        np.concatenate([*(graph.row_ptr[:-1] + edge for graph, _, edge in placed), edges[-1:]]),
+        np.concatenate([graph.reverse + edge for graph, _, edge in placed]),
+        np.concatenate([graph.shifts for graph in graphs]),
+    )
 
 
-def _labels(
-    samples: Sequence[Sample], num_atoms: NDArray[np.int64], atom_offsets: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.float32]]:
-    """Return energy [M], forces [N, 3] and stress [M, 3, 3], NaN where a structure has no such label."""
-    energy = np.full(len(samples), np.nan)
-    forces = np.full((int(num_atoms.sum()), 3), np.nan, np.float32)
-    stress = np.full((len(samples), 3, 3), np.nan, np.float32)
-    for index, sample in enumerate(samples):
-        labels = sample.structure.labels.get(sample.fidelity)
-        if labels is None:
-            continue
-        if labels.energy is not None:
-            energy[index] = labels.energy
-        if labels.forces is not None:
-            start = atom_offsets[index]
-            forces[start : start + num_atoms[index]] = labels.forces
-        if labels.stress is not None:
-            stress[index] = labels.stress
-    return energy, forces, stress
+def _batch(samples: Samples, graph: Graph, fidelity_index: Mapping[str, int]) -> Batch:
+    table = samples.table
+    rows = np.array([_row(name, fidelity_index) for name in samples.fidelities])
+    arrays = {
+        "numbers": table.numbers.astype(np.int64),
+        "positions": table.positions,
+        "structure": table.structure,
+        "cell": table.cell,
+        "charge": table.charge.astype(np.int64),
+        "multiplicity": table.multiplicity.astype(np.int64),
+        "fidelity": rows[samples.fidelity],
+        **graph._asdict(),
+        **{kind: table.label(f"{kind}.{DRAWN}") for kind in ("energy", "forces", "stress")},
+        "energy_weight": samples.energy_weight,
+        "forces_weight": samples.forces_weight,
+    }
+    # Views of what a stream holds are copied, so that nothing that is done to a batch reaches the stream.
+    tensors = {
+        name: torch.from_numpy(np.require(array, requirements=["C", "W", "O"])) for name, array in arrays.items()
+    }
+    return Batch(keys=tuple(table.keys.tolist()), **tensors)
+
+
+def _row(fidelity: str, fidelity_index: Mapping[str, int]) -> int:
+    if fidelity not in fidelity_index:
+        raise unknown_fidelity(fidelity, list(fidelity_index))
+    return fidelity_index[fidelity]

@@ -1,206 +1,524 @@
-"""Build a dataset: structures -> validate -> split by group -> packs -> shards and `dataset.yaml`."""
+"""Build a dataset: a source's parts -> validate -> split by group -> sort by key -> packs -> shards and `dataset.yaml`.
+
+Two passes, each a map over independent pieces of work, so that the memory is bounded by a part or a shard and the bytes
+do not depend on how many processes share the work. The first reads each part once and leaves a spill, sorted by a hash
+of the keys; the second gathers each shard's range of hashes from all spills. Finished pieces carry digests in
+`FOLDER/.building`, so a build that was stopped goes on where it stood. The manifest is written last.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
+import dataclasses
+import fcntl
+import json
+import logging
+import re
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from safetensors.numpy import load_file, save
+from tqdm import tqdm
 
 from rung.data.fidelity import Fidelity, check_name, unknown_fidelity
 from rung.data.manifest import MANIFEST_FILE, FidelityEntry, Manifest, read_manifest, write_manifest
-from rung.data.reference_energy import EXTREME_DEVIATION, check_energies, fit_e0
-from rung.data.shard import EDGE_CUTOFF, ShardInfo, write_shards
-from rung.data.split import SPLITS, SplitFractions, split_of_group
+from rung.data.parallel import Map
+from rung.data.reference_energy import EXTREME_DEVIATION, SUSPICIOUS_Z, Compositions
+from rung.data.shard import EDGE_CUTOFF, PACK_ATOMS, SHARD_BYTES, ShardInfo, file_sha256, write_beside, write_shard
+from rung.data.sources.memory import InMemory
+from rung.data.sources.source import Part, Source
+from rung.data.spill import find_rows, key_hashes, order_by_key, read_spill, write_spill
+from rung.data.split import SPLITS, SplitFractions
+from rung.data.statistics import SAMPLE, EnergySample, LabelSums, Reference, deviations
 from rung.data.structure import Structure, validate
+from rung.data.table import Array, StructureTable, faults
 
-_DIGITS = 9  # decimals of fitted and averaged numbers: what differs between linear algebra libraries is rounded off
+WORK_FOLDER = ".building"
+_JOB_FILE = "job.json"
+_HASHES = 1 << 64
 _MAX_BINDING = 30.0  # eV/atom; no compound is bound so strongly (diamond: 7.4): the E0s are of another method or unit
+_NAMED = 20  # structures that a record names
+
+Record = TypeVar("Record", "PartRecord", "ShardRecord")
+
+logger = logging.getLogger(__name__)
 
 
-def build_dataset(
-    structures: Iterable[Structure],
-    folder: Path,
-    *,
-    name: str,
-    fidelities: Mapping[str, Fidelity],
-    split: Callable[[Structure], str] | SplitFractions = SplitFractions(),  # noqa: B008 (frozen)
-    e0: Mapping[str, Mapping[int, float]] | None = None,
-    version: str = "1",
-    source: str = "",
-    doi: str = "",
-    licence: str = "",
-    citation: str = "",
-    description: str = "",
-    pack_atoms: int = 16384,
-    shard_bytes: int = 100_000_000,
-    max_energy_deviation: float = EXTREME_DEVIATION,
-    sort_by_labels: bool = False,
-    overwrite: bool = False,
-) -> Manifest:
-    """Write the shards and the manifest of `structures` into `folder` and return the manifest.
+@dataclass(frozen=True)
+class BuildConfig:
+    """How a dataset is called and cut."""
 
-    All structures are held in memory. They are stored in the order of a hash of their keys, so that a pack mixes
-    molecules and the bytes do not depend on the order in which labels were computed. `split` returns 'train', 'val' or
-    'test' (a function may stratify; it must keep a group together). `e0` gives isolated-atom energies in eV per
-    fidelity where they are known; other fidelities are fitted on train. `sort_by_labels` stores structures with the
-    same fidelities side by side: fewer bytes, as a pack spends none on a fidelity it lacks, but only for a dataset of
-    few packs, because consumers that deal whole packs would get unequal shares of the sparse fidelities.
+    name: str
+    split: Callable[[str], str] = SplitFractions()  # group -> 'train', 'val' or 'test'; may stratify
+    e0: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # fidelity -> isolated atoms, eV; else fitted
+    version: str = "1"
+    source: str = ""
+    doi: str = ""
+    licence: str = ""
+    citation: str = ""
+    description: str = ""
+    pack_atoms: int = PACK_ATOMS
+    shard_bytes: int = SHARD_BYTES
+    max_energy_deviation: float = EXTREME_DEVIATION  # eV/atom from what composition explains; beyond it is an error
+    max_bad: int = 0  # structures that cannot be right and are left out, counted in the manifest
+    overwrite: bool = False  # replace the dataset that the folder holds
 
-    Energies that composition does not explain are logged by name; beyond `max_energy_deviation` eV/atom they are
-    refused. Raises ValueError naming the structure for this and every other input that cannot be right, and
-    FileExistsError when the folder holds a dataset and `overwrite` is false. The manifest is written last.
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What the first pass says of one part."""
+
+    sha256: str  # of its spill
+    structures: int
+    bytes: list[int]  # of each split
+    rejected: dict[str, int]  # what was wrong -> structures
+    named: list[str]  # some of those
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the second pass says of one shard."""
+
+    info: ShardInfo
+    elements: dict[int, int]  # atomic number -> atoms
+    sums: dict[str, LabelSums]  # by fidelity
+    outliers: dict[str, int]  # fidelity -> structures that composition does not explain
+    named: dict[str, list[str]]  # fidelity -> some of those
+    extreme: dict[str, int]  # fidelity -> those beyond what is accepted
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every piece of work needs to know; it travels to the worker processes."""
+
+    source: Source
+    parts: tuple[Part, ...]
+    folder: Path
+    config: BuildConfig
+
+    @property
+    def work(self) -> Path:
+        return self.folder / WORK_FOLDER
+
+    def spill(self, part: int) -> Path:
+        return self.work / f"part-{part:06d}.safetensors"
+
+
+@dataclass(frozen=True)
+class _ShardJob:
+    """One shard: its name and the rows of every spill that belong in it."""
+
+    file: str
+    split: str
+    rows: tuple[tuple[int, int, int], ...]  # (part, start, stop)
+
+
+def build(source: Source, paths: Sequence[Path], folder: Path, config: BuildConfig, run: Map = map) -> Manifest:
+    """Write the shards and the manifest of a source's files into `folder` and return the manifest.
+
+    Structures are stored in the order of a hash of their keys, so that a shard mixes molecules; within a shard those
+    with the same fidelities lie side by side, so that a pack spends nothing on fidelities it lacks. `run` does the work
+    (`rung.data.parallel.workers`). A build of the same files and options goes on where a former one was stopped.
+
+    Energies that composition does not explain are logged by name; beyond `max_energy_deviation` they are refused.
+    Raises ValueError naming the structure for this and every other input that cannot be right, and FileExistsError when
+    the folder holds a dataset and `overwrite` is false, or an unfinished build of something else.
     """
-    check_name(name)
-    if (folder / MANIFEST_FILE).is_file() and not overwrite:
+    check_name(config.name)
+    for unknown in set(config.e0) - set(source.fidelities):
+        raise unknown_fidelity(unknown, source.fidelities)
+    for name, descriptor in source.fidelities.items():
+        if name != descriptor.name:
+            raise ValueError(f"build: fidelity '{name}' is described under another name, '{descriptor.name}'")
+    if (folder / MANIFEST_FILE).is_file() and not config.overwrite:
         raise FileExistsError(f"{folder} already holds a dataset; choose another folder or pass overwrite")
-    structures = sorted(structures, key=lambda s: (hashlib.blake2b(s.key.encode()).digest(), s.key))
-    _check_structures(structures, fidelities)
-    if sort_by_labels:
-        structures.sort(key=lambda s: (-len(s.labels), sorted(s.labels)))  # the sparse fidelities fill the same packs
-    by_split = _split(structures, split)
-    entries = {
-        fidelity: describe_fidelity(by_split, descriptor, (e0 or {}).get(fidelity))
-        for fidelity, descriptor in fidelities.items()
-    }
-    for unknown in set(e0 or {}) - set(fidelities):
-        raise unknown_fidelity(unknown, fidelities)
-    for fidelity in fidelities:
-        check_energies(structures, fidelity, max_energy_deviation)
-    shards: list[ShardInfo] = []
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".building-", dir=folder) as beside:  # a failure leaves the old dataset whole
-        for part, members in by_split.items():
-            shards += write_shards(members, Path(beside), part, pack_atoms=pack_atoms, shard_bytes=shard_bytes)
-        _clear(folder)
-        for shard in shards:
-            os.replace(Path(beside) / shard.file, folder / shard.file)
-    elements: Counter[int] = Counter()
-    for structure in structures:
-        elements.update(structure.numbers.tolist())
-    manifest = Manifest(
-        name=name,
-        version=version,
-        source=source,
-        doi=doi,
-        licence=licence,
-        citation=citation,
-        description=description,
-        cutoff=EDGE_CUTOFF,
-        fidelities=entries,
-        elements=dict(sorted(elements.items())),
-        splits=tuple(by_split),
-        shards=shards,
-    )
-    write_manifest(manifest, folder)
+    job = _Job(source, tuple(source.parts(paths)), folder, config)
+    with _working(job):
+        parts = _read_parts(job, run)
+        references, statistics_split = _references(job, parts)
+        shards = _write_shards(job, parts, references, run)
+        manifest = _manifest(job, parts, shards, references, statistics_split)
+        _publish(job, manifest)
     return manifest
 
 
-def describe_fidelity(
-    by_split: Mapping[str, Sequence[Structure]], descriptor: Fidelity, known_e0: Mapping[int, float] | None
-) -> FidelityEntry:
-    """Return counts, E0s and statistics of one fidelity, taken on train, or on everything when train has no labels."""
-    name = descriptor.name
-    labelled = {part: [s for s in members if name in s.labels] for part, members in by_split.items()}
-    chosen, statistics_split = labelled.get("train", []), "train"
-    if not chosen:
-        chosen, statistics_split = [s for members in labelled.values() for s in members], "all"
-    if not chosen:
-        raise ValueError(f"fidelity '{name}': no structure has a label at it; leave it out, or check the name")
-    forces = [f.ravel() for s in chosen if (f := s.labels[name].forces) is not None]
-    components = np.concatenate(forces).astype(np.float64) if forces else None
-    return FidelityEntry(
-        descriptor=descriptor,
-        num_energies={p: sum(s.labels[name].energy is not None for s in m) for p, m in labelled.items()},
-        num_forces={p: sum(s.labels[name].forces is not None for s in m) for p, m in labelled.items()},
-        statistics_split="train" if statistics_split == "train" else "all",
-        force_rms=None if components is None else round(float(np.sqrt(np.mean(components**2))), _DIGITS),
-        force_max=None if components is None else float(np.abs(components).max()),
-        **_energy_statistics(chosen, name, known_e0),
+def build_dataset(
+    structures: Iterable[Structure], folder: Path, *, fidelities: Mapping[str, Fidelity], **options: Any
+) -> Manifest:
+    """Write a dataset of structures that are in memory; `options` are the fields of `BuildConfig`. See `build`."""
+    structures = list(structures)
+    for structure in structures:
+        validate(structure)  # a table takes NaN, which is an error here, for a label that is missing
+    source = InMemory(StructureTable.of(structures), dict(fidelities))
+    try:
+        return build(source, [], folder, BuildConfig(**options))
+    except BaseException:  # there is nothing to go on from
+        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+        raise
+
+
+# The first pass
+
+
+def _read_parts(job: _Job, run: Map) -> list[PartRecord]:
+    records: list[PartRecord] = []
+    rejected = 0
+    pieces = run(partial(_read_part, job), range(len(job.parts)))
+    for record in tqdm(pieces, "reading", len(job.parts), unit="part", disable=None):
+        records.append(record)
+        rejected += sum(record.rejected.values())
+        if rejected > job.config.max_bad:
+            named = "; ".join(name for found in records for name in found.named)
+            raise ValueError(f"{named}. Found {rejected} such structure(s), max_bad is {job.config.max_bad}")
+    if not sum(record.structures for record in records):
+        raise ValueError("build: expected at least one structure, found none")
+    return records
+
+
+def _read_part(job: _Job, index: int) -> PartRecord:
+    path = job.spill(index)
+    if (known := _record(PartRecord, path)) and path.is_file() and file_sha256(path) == known.sha256:
+        return known
+    tables, rejected, named = [], Counter[str](), []
+    for table in job.source.read(job.parts[index]):
+        for fidelity in set(table.fidelities) - set(job.source.fidelities):
+            raise unknown_fidelity(fidelity, job.source.fidelities)
+        if bad := faults(table):
+            rejected.update(_field(reason) for reason in bad.values())
+            named += list(bad.values())
+            table = table.take(np.setdiff1d(np.arange(len(table)), list(bad)))
+        tables.append(table)
+    table = StructureTable.concatenate(tables)
+    split = _splits(table, job.config.split)
+    digest, sizes = write_spill(table, split, len(SPLITS), path)
+    _write_samples(job, path, sizes)
+    record = PartRecord(digest, len(table), sizes, dict(rejected), named[:_NAMED])
+    _write_record(record, path)
+    return record
+
+
+def _splits(table: StructureTable, split: Callable[[str], str]) -> np.ndarray[Any, np.dtype[np.int8]]:
+    """Return the number of each structure's split; [M]."""
+    groups = table.groups.tolist()
+    number = {group: _split_number(group, split(group)) for group in dict.fromkeys(groups)}
+    return np.fromiter((number[group] for group in groups), np.int8, len(groups))
+
+
+def _split_number(group: str, split: str) -> int:
+    if split not in SPLITS:
+        raise ValueError(f"group '{group}': split: expected one of {', '.join(SPLITS)}, found {split!r}")
+    return SPLITS.index(split)
+
+
+def _write_samples(job: _Job, path: Path, sizes: Sequence[int]) -> None:
+    """Write, beside a spill, what the E0 fits need of it."""
+    limit = -(-SAMPLE // len(job.parts))
+    arrays: dict[str, Array] = {}
+    for number, split in enumerate(SPLITS):
+        start, stop = find_rows(path, number, [0, _HASHES]).tolist()
+        if start == stop:
+            continue
+        table = read_spill(path, start, stop)
+        for fidelity in table.fidelities:
+            if (sample := EnergySample.of(table, fidelity, limit)) is not None:
+                place = f"{split}.{fidelity}"
+                arrays[f"{place}.elements"] = sample.compositions.elements
+                arrays[f"{place}.counts"] = sample.compositions.counts
+                arrays[f"{place}.energies"] = sample.energies
+    write_beside(path.with_suffix(".sample"), save(arrays))
+
+
+# Between the passes
+
+
+def _references(job: _Job, parts: Sequence[PartRecord]) -> tuple[dict[str, Reference], dict[str, tuple[str, ...]]]:
+    """Return the reference energies of each fidelity that has energies, and the splits statistics are taken on."""
+    samples: dict[tuple[str, str], list[EnergySample]] = {}
+    for index in range(len(parts)):
+        arrays = load_file(job.spill(index).with_suffix(".sample"))
+        for place in sorted({name.rpartition(".")[0] for name in arrays}):
+            split, fidelity = place.split(".")
+            compositions = Compositions(arrays[f"{place}.elements"], arrays[f"{place}.counts"])
+            samples.setdefault((split, fidelity), []).append(EnergySample(compositions, arrays[f"{place}.energies"]))
+    references: dict[str, Reference] = {}
+    splits: dict[str, tuple[str, ...]] = {}
+    for fidelity in job.source.fidelities:
+        by_split = {split: found for split in SPLITS if (found := samples.get((split, fidelity)))}
+        everything = [sample for found in by_split.values() for sample in found]
+        if everything:
+            chosen = by_split.get("train", everything)
+            known = dict(job.config.e0[fidelity]) if fidelity in job.config.e0 else None
+            references[fidelity] = _reference(fidelity, chosen, everything, known)
+        splits[fidelity] = ("train",) if "train" in by_split else SPLITS
+    return references, splits
+
+
+def _reference(
+    fidelity: str, chosen: list[EnergySample], everything: list[EnergySample], known: dict[int, float] | None
+) -> Reference:
+    statistics = EnergySample.concatenate(chosen)
+    if known is not None and (missing := sorted(set(statistics.compositions.elements.tolist()) - set(known))):
+        raise ValueError(f"fidelity '{fidelity}': isolated-atom energies are given, but none for Z = {missing}")
+    reference = Reference.of(statistics, EnergySample.concatenate(everything), known)
+    if known is not None and abs(reference.typical) > _MAX_BINDING:
+        raise ValueError(
+            f"fidelity '{fidelity}': energies differ from the isolated-atom energies by {reference.typical:.4g} "
+            f"eV/atom, expected less than {_MAX_BINDING:g}; are both in eV and of the same method and code?"
+        )
+    return reference
+
+
+# The second pass
+
+
+def _write_shards(
+    job: _Job, parts: Sequence[PartRecord], references: Mapping[str, Reference], run: Map
+) -> list[ShardRecord]:
+    pieces = [piece for number, split in enumerate(SPLITS) for piece in _shard_jobs(job, parts, number, split)]
+    records = run(partial(_write_shard, job, dict(references)), pieces)
+    done = list(tqdm(records, "writing", len(pieces), unit="shard", disable=None))
+    for fidelity in job.source.fidelities:
+        _tell_outliers(fidelity, done, job.config.max_energy_deviation)
+    return done
+
+
+def _shard_jobs(job: _Job, parts: Sequence[PartRecord], number: int, split: str) -> Iterator[_ShardJob]:
+    """Yield the shards of a split: equal ranges of hashes, as many as its bytes ask for."""
+    count = max(1, round(sum(part.bytes[number] for part in parts) / job.config.shard_bytes))
+    bounds = [_HASHES * index // count for index in range(count + 1)]
+    rows = np.array([find_rows(job.spill(part), number, bounds) for part in range(len(parts))])
+    index = 0
+    for start, stop in zip(rows.T[:-1], rows.T[1:], strict=True):
+        chosen = [(part, int(start[part]), int(stop[part])) for part in np.flatnonzero(stop > start).tolist()]
+        if chosen:
+            yield _ShardJob(f"{split}-{index:06d}.tar", split, tuple(chosen))
+            index += 1
+
+
+def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJob) -> ShardRecord:
+    path = job.work / shard.file
+    if known := _record(ShardRecord, path):
+        for place in (path, job.folder / shard.file):  # a build that was stopped while it moved them
+            if place.is_file() and file_sha256(place) == known.info.sha256:
+                return known
+    table = StructureTable.concatenate([read_spill(job.spill(part), start, stop) for part, start, stop in shard.rows])
+    table = table.take(order_by_key(table, key_hashes(table)))
+    _check_keys(table)
+    table = table.take(_order_by_labels(table))
+    info = write_shard(table, path, shard.split, pack_atoms=job.config.pack_atoms)
+    elements, counts = np.unique(table.numbers, return_counts=True)
+    record = ShardRecord(
+        info,
+        dict(zip(elements.tolist(), counts.tolist(), strict=True)),
+        {name: LabelSums.of(table, name, _e0(references, name)) for name in table.fidelities},
+        **_outliers(table, references, job.config.max_energy_deviation),
+    )
+    _write_record(record, path)
+    return record
+
+
+def _e0(references: Mapping[str, Reference], fidelity: str) -> dict[int, float]:
+    return references[fidelity].e0 if fidelity in references else {}
+
+
+def _check_keys(table: StructureTable) -> None:
+    keys = table.keys.tolist()
+    for previous, key in zip(keys, keys[1:], strict=False):  # sorted: equal keys are neighbours
+        if previous == key:
+            raise ValueError(
+                f"build: key '{key}' names two structures, and keys must be unique in a dataset; keys of a "
+                "file's frames begin with its name, so rename one of two files of the same name"
+            )
+
+
+def _order_by_labels(table: StructureTable) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the order that puts structures of the same fidelities side by side, those with the most first."""
+    names = table.fidelities
+    carries = np.array([table.carries(name) for name in names]).reshape(len(names), len(table)).T
+    kinds, kind = np.unique(carries, axis=0, return_inverse=True)
+    signatures = [[name for name, carried in zip(names, row, strict=True) if carried] for row in kinds.tolist()]
+    ranked = sorted(range(len(kinds)), key=lambda index: (-len(signatures[index]), signatures[index]))
+    rank = np.argsort(ranked)
+    return np.argsort(rank[kind.reshape(-1)], kind="stable")
+
+
+def _outliers(table: StructureTable, references: Mapping[str, Reference], limit: float) -> dict[str, Any]:
+    counts: dict[str, dict[str, Any]] = {"outliers": {}, "named": {}, "extreme": {}}
+    for name in table.fidelities:
+        robust = references[name].robust if name in references else None
+        if robust is not None:
+            rows, found = deviations(table, name, robust)
+            far = np.abs(found) > SUSPICIOUS_Z * robust.spread
+            worst = np.argsort(-np.abs(np.where(far, found, 0.0)), kind="stable")[: min(_NAMED, int(far.sum()))]
+            counts["outliers"][name] = int(far.sum())
+            counts["extreme"][name] = int((far & (np.abs(found) > limit)).sum())
+            counts["named"][name] = [f"'{table.keys[int(rows[i])]}' by {found[i]:+.3f} eV/atom" for i in worst]
+    return counts
+
+
+def _tell_outliers(fidelity: str, shards: Sequence[ShardRecord], limit: float) -> None:
+    """Log the energies that composition does not explain; raise ValueError for those beyond `limit` eV/atom."""
+    count = sum(shard.outliers.get(fidelity, 0) for shard in shards)
+    extreme = sum(shard.extreme.get(fidelity, 0) for shard in shards)
+    named = ", ".join([name for shard in shards for name in shard.named.get(fidelity, [])][:_NAMED])
+    if extreme:
+        raise ValueError(
+            f"energy.{fidelity}: expected energies within {limit:g} eV/atom of what composition explains, found "
+            f"{extreme} beyond: {named}; are all energies in eV, of one method and one code?"
+        )
+    if count:
+        message = "energy.%s: %d outliers (robust z-score over %g): %s"
+        logger.warning(message, fidelity, count, SUSPICIOUS_Z, named)
+
+
+# The end
+
+
+def _manifest(
+    job: _Job,
+    parts: Sequence[PartRecord],
+    shards: Sequence[ShardRecord],
+    references: Mapping[str, Reference],
+    statistics_splits: Mapping[str, tuple[str, ...]],
+) -> Manifest:
+    elements, rejected = Counter[int](), Counter[str]()
+    for shard in shards:
+        elements.update(shard.elements)
+    for part in parts:
+        rejected.update(part.rejected)
+    config = job.config
+    return Manifest(
+        name=config.name,
+        version=config.version,
+        source=config.source,
+        doi=config.doi,
+        licence=config.licence,
+        citation=config.citation,
+        description=config.description,
+        cutoff=EDGE_CUTOFF,
+        fidelities={
+            name: _entry(descriptor, shards, references.get(name), name in config.e0, statistics_splits[name])
+            for name, descriptor in job.source.fidelities.items()
+        },
+        elements=dict(sorted(elements.items())),
+        splits=tuple(split for split in SPLITS if any(shard.info.split == split for shard in shards)),
+        shards=[shard.info for shard in shards],
+        rejected=dict(sorted(rejected.items())),
     )
 
 
-def _energy_statistics(chosen: Sequence[Structure], name: str, known_e0: Mapping[int, float] | None) -> dict[str, Any]:
-    labelled = [s for s in chosen if s.labels[name].energy is not None]
-    if not labelled:
-        return {}
-    numbers = [s.numbers for s in labelled]
-    energies = np.array([s.labels[name].energy for s in labelled], np.float64)
-    fit = fit_e0(numbers, energies)
-    fitted = {z: round(value, _DIGITS) for z, value in fit.e0.items()}
-    e0 = fitted if known_e0 is None else dict(sorted(known_e0.items()))
-    if missing := sorted(set(fit.e0) - set(e0)):
-        raise ValueError(f"fidelity '{name}': isolated-atom energies are given, but none for Z = {missing}")
-    reference = np.array([sum(e0[z] for z in atoms.tolist()) for atoms in numbers])
-    residual = (energies - reference) / np.array([len(atoms) for atoms in numbers])
-    if known_e0 is not None and abs(typical := float(np.median(residual))) > _MAX_BINDING:
-        raise ValueError(
-            f"fidelity '{name}': energies differ from the isolated-atom energies by {typical:.4g} eV/atom, expected "
-            f"less than {_MAX_BINDING:g}; are both in eV and of the same method and code?"
-        )
+def _entry(
+    descriptor: Fidelity,
+    shards: Sequence[ShardRecord],
+    reference: Reference | None,
+    isolated: bool,
+    statistics_splits: Sequence[str],
+) -> FidelityEntry:
+    name = descriptor.name
+    by_split: dict[str, LabelSums] = {}
+    for shard in shards:
+        by_split.setdefault(shard.info.split, LabelSums())
+        by_split[shard.info.split] += shard.sums.get(name, LabelSums())
+    if not any(sums.num_energies or sums.num_forces for sums in by_split.values()):
+        raise ValueError(f"fidelity '{name}': no structure has a label at it; leave it out, or check the name")
+    train = by_split.get("train", LabelSums())
+    has_train = bool(train.num_energies or train.num_forces)
+    energies = sum((by_split.get(split, LabelSums()) for split in statistics_splits), LabelSums())
+    forces = train if has_train else sum(by_split.values(), LabelSums())
+    entry: dict[str, Any] = dict(forces.force_statistics())
+    if reference is not None:
+        entry |= {
+            "e0": reference.e0,
+            "e0_source": "isolated_atoms" if isolated else "least_squares",
+            "e0_fit": reference.fit.e0,
+            "e0_note": reference.fit.note,
+            **energies.energy_statistics(),
+        }
+    return FidelityEntry(
+        descriptor=descriptor,
+        num_energies={split: sums.num_energies for split, sums in by_split.items()},
+        num_forces={split: sums.num_forces for split, sums in by_split.items()},
+        statistics_split="train" if has_train else "all",
+        **entry,
+    )
+
+
+def _publish(job: _Job, manifest: Manifest) -> None:
+    """Replace what the folder holds, manifest first, so that no manifest ever describes missing shards."""
+    if (job.folder / MANIFEST_FILE).is_file():
+        former = read_manifest(job.folder).shards
+        (job.folder / MANIFEST_FILE).unlink()
+        for shard in former:
+            (job.folder / shard.file).unlink(missing_ok=True)
+    for shard in manifest.shards:
+        if (job.work / shard.file).is_file():
+            (job.work / shard.file).replace(job.folder / shard.file)
+    write_manifest(manifest, job.folder)
+    shutil.rmtree(job.work)
+
+
+@contextmanager
+def _working(job: _Job) -> Iterator[None]:
+    """Hold the folder of unfinished work, which must be of this job or empty."""
+    if job.config.overwrite and job.work.is_dir() and _former(job) != _identity(job):
+        shutil.rmtree(job.work)
+    job.work.mkdir(parents=True, exist_ok=True)
+    with (job.work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"{job.folder}: another build is writing there; wait for it or choose another folder"
+            raise FileExistsError(message) from None
+        if (former := _former(job)) not in (None, _identity(job)):
+            raise FileExistsError(
+                f"{job.work} holds an unfinished build of other files or options; run the command that began it, "
+                f"choose another folder, or discard it with --overwrite. It began with: {former}"
+            )
+        write_beside(job.work / _JOB_FILE, json.dumps(_identity(job), indent=1).encode())
+        yield
+
+
+def _former(job: _Job) -> Any:
+    path = job.work / _JOB_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _identity(job: _Job) -> dict[str, Any]:
+    """Return what decides the bytes of a dataset, as JSON has it."""
+    files = {part.path: part.path.stat() for part in job.parts if part.path.exists()}
+    config = dataclasses.replace(job.config, overwrite=False)
     return {
-        "e0": e0,
-        "e0_source": "least_squares" if known_e0 is None else "isolated_atoms",
-        "e0_residual": round(float(np.sqrt(np.mean(residual**2))), _DIGITS),
-        "e0_fit": fitted,
-        "e0_note": fit.note,
-        "energy_mean": round(float(residual.mean()), _DIGITS),
-        "energy_std": round(float(residual.std()), _DIGITS),
+        "source": repr(job.source),
+        "config": repr(config),
+        "files": [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in sorted(files.items())],
+        "parts": [[part.path.name, part.start, part.stop] for part in job.parts],
     }
 
 
-def _check_structures(structures: Sequence[Structure], fidelities: Mapping[str, Fidelity]) -> None:
-    if not structures:
-        raise ValueError("build: expected at least one structure, found none")
-    for name, descriptor in fidelities.items():
-        if name != descriptor.name:
-            raise ValueError(f"build: fidelity '{name}' is described under another name, '{descriptor.name}'")
-    for previous, structure in pairwise(structures):  # sorted: equal keys are neighbours
-        if previous.key == structure.key:
-            raise ValueError(
-                f"build: key '{structure.key}' names two structures, and keys must be unique in a dataset; keys of a "
-                "file's frames begin with its name, so rename one of two files of the same name"
-            )
-    for structure in structures:
-        validate(structure)
-        for fidelity in structure.labels:
-            if fidelity not in fidelities:
-                raise ValueError(f"structure '{structure.key}': {unknown_fidelity(fidelity, fidelities)}")
+def _field(reason: str) -> str:
+    """Return the field that a message of `rung.data.structure.validate` blames."""
+    found = re.match(r"structure .*: ([^ :]+): expected", reason, re.DOTALL)
+    return found[1] if found else "other"
 
 
-def _split(
-    structures: Sequence[Structure], split: Callable[[Structure], str] | SplitFractions
-) -> dict[str, list[Structure]]:
-    """Return the non-empty splits in the order train, val, test; raise ValueError when a group falls into two."""
-    parts: dict[str, list[Structure]] = {part: [] for part in SPLITS}
-    part_of_group: dict[str, str] = {}
-    for structure in structures:
-        if isinstance(split, SplitFractions):
-            part = split_of_group(structure.group, (split.train, split.val, split.test), split.seed)
-        else:
-            part = split(structure)
-        if part not in parts:
-            raise ValueError(f"structure '{structure.key}': split: expected one of {', '.join(SPLITS)}, found {part!r}")
-        if part_of_group.setdefault(structure.group, part) != part:
-            raise ValueError(
-                f"group '{structure.group}': in splits '{part_of_group[structure.group]}' and '{part}'; "
-                "a group must stay in one split, or the test set leaks into training"
-            )
-        parts[part].append(structure)
-    return {part: members for part, members in parts.items() if members}
+def _record(kind: type[Record], path: Path) -> Record | None:
+    """Return the record that was written beside a finished file, None when there is none."""
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        return None
+    values = json.loads(beside.read_text())
+    if kind is ShardRecord:
+        values["info"] = ShardInfo(**values["info"])
+        values["elements"] = {int(z): count for z, count in values["elements"].items()}
+        values["sums"] = {name: LabelSums(**sums) for name, sums in values["sums"].items()}
+    return kind(**values)
 
 
-def _clear(folder: Path) -> None:
-    """Remove the dataset that `folder` holds, manifest first, so that no manifest ever describes missing shards."""
-    if not (folder / MANIFEST_FILE).is_file():
-        return
-    shards = read_manifest(folder).shards
-    (folder / MANIFEST_FILE).unlink()
-    for shard in shards:
-        (folder / shard.file).unlink(missing_ok=True)
+def _write_record(record: PartRecord | ShardRecord, path: Path) -> None:
+    write_beside(path.with_suffix(".json"), json.dumps(dataclasses.asdict(record)).encode())

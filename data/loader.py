@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from rung.data.batch import Batch, Batcher, Budget
 from rung.data.mixing import MixedStream
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _SECONDS_TO_OUTLIVE = 20
 
 ConsumerState = dict[str, Any] | None  # state of one MixedStream; None before its first batch
@@ -53,12 +53,9 @@ class _Consumers(IterableDataset[tuple[Batch, ConsumerState]]):
         offset = 0 if worker is None else worker.id
         stream = self.open((self.next_consumer + offset) % len(self.start))
         batcher = self._batcher()
-        while True:
-            # The sample that completes a batch starts the next one, so the batch ends just before it.
-            state = stream.state()
-            batch = batcher.add(next(stream))
-            if batch is not None:
-                yield batch, state
+        for samples in stream:
+            for batch, used in batcher.add(samples):
+                yield batch, stream.state(used)
 
 
 class BatchLoader:
@@ -130,6 +127,25 @@ class BatchLoader:
         for consumer in range(len(self._states)):
             self._consumers.open(consumer)  # a state that does not fit is an error here, not later in a worker
 
+    def redeal(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue with this rank's part of what another number of ranks or workers had left; `states` by rank.
+
+        No structure is seen twice in an epoch and none is left out, up to the latest epoch that a consumer had begun.
+        Raises ValueError naming what differs when the states are of other data or another seed.
+        """
+        for state in states:
+            if state.get("version") != STATE_VERSION:
+                raise ValueError(f"loader state: version: expected {STATE_VERSION}, found {state.get('version')}")
+        before = [consumer for state in states for consumer in state["consumers"]]
+        self.close()
+        self._set([None] * len(self._states), 0)
+        dealt = []
+        for consumer in range(len(self._states)):
+            stream = self._consumers.open(consumer)
+            stream.redeal(before)
+            dealt.append(stream.state())
+        self._set(dealt, 0)
+
     def close(self) -> None:
         """Stop the worker processes; the next batch starts them again where the loader stands."""
         if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
@@ -138,7 +154,7 @@ class BatchLoader:
         self._iterator = None
         self._set(self._states, self._next_consumer)
 
-    def _set(self, states: list[ConsumerState], next_consumer: int) -> None:
+    def _set(self, states: Sequence[ConsumerState], next_consumer: int) -> None:
         self._states = list(states)
         self._next_consumer = next_consumer
         self._consumers.start = list(states)

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rung.data.batch import Sample
+from rung.data.batch import DRAWN, Samples
+from rung.data.dealing import Position
 from rung.data.manifest import read_manifest
 from rung.data.stream import ShardStream
+from rung.data.table import StructureTable
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _CHUNK = 1024  # choices drawn at a time; part of the order, so a change needs a new STATE_VERSION
 _PURPOSE = zlib.crc32(b"mixing")
 
@@ -76,7 +79,10 @@ def open_tasks(
 
 
 class MixedStream:
-    """Endless iterator of Sample; the task of the n-th is a pure function of (seed, rank, n), drawn by `weights`."""
+    """Endless iterator of Samples; the task of the n-th draw is a pure function of (seed, rank, n), by `weights`.
+
+    Draws come in chunks. A structure that cannot be read (see `max_bad`) is a draw that gives no sample.
+    """
 
     def __init__(
         self,
@@ -88,50 +94,91 @@ class MixedStream:
         forces_weights: Sequence[float] | None = None,
     ) -> None:
         ones = [1.0] * len(streams)
-        self._streams = list(streams)
-        self._energy_weights = list(ones if energy_weights is None else energy_weights)
-        self._forces_weights = list(ones if forces_weights is None else forces_weights)
+        energy_weights = list(ones if energy_weights is None else energy_weights)
+        forces_weights = list(ones if forces_weights is None else forces_weights)
         if not streams:
             raise ValueError("mixing: expected at least one stream, found none")
-        for values in (weights, self._energy_weights, self._forces_weights):
+        for values in (weights, energy_weights, forces_weights):
             if len(values) != len(streams):
                 raise ValueError(f"mixing: expected one weight per stream ({len(streams)}), found {len(values)}")
         if not all(weight > 0 for weight in weights):
             raise ValueError(f"mixing: weight: expected positive numbers, found {list(weights)}; leave the task out")
+        self._streams = list(streams)
+        self._fidelities = tuple(stream.fidelity for stream in streams)
+        self._energy_weights = np.array(energy_weights, np.float32)
+        self._forces_weights = np.array(forces_weights, np.float32)
         self._shares = np.array(weights, np.float64) / np.sum(weights)
         self._seed = seed
-        self._drawn = 0
-        self._choices = self._draw_chunk()
+        self._starts: list[Position]  # of the streams, before the chunk last given
+        self._tasks: NDArray[np.int64]  # of each of its draws
+        self._samples: NDArray[np.int64]  # those of its draws that gave a sample
+        self._begin(0)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Samples]:
         return self
 
-    def __next__(self) -> Sample:
-        task = int(self._choices[self._drawn % _CHUNK])
-        structure = next(self._streams[task])
-        self._drawn += 1
-        if self._drawn % _CHUNK == 0:
-            self._choices = self._draw_chunk()
-        fidelity = self._streams[task].fidelity
-        return Sample(structure, fidelity, self._energy_weights[task], self._forces_weights[task])
+    def __next__(self) -> Samples:
+        """Return the samples of the next chunk, or of the rest of the chunk in which the last state was saved."""
+        self._begin(self._drawn + len(self._tasks))
+        chunk, done = divmod(self._drawn, _CHUNK)
+        random = np.random.default_rng([self._seed, _PURPOSE, self._streams[0].rank, chunk])
+        self._tasks = random.choice(len(self._streams), size=_CHUNK, p=self._shares)[done:]
+        tables = []
+        row = np.full(len(self._tasks), -1)  # of each draw among the tables
+        first = 0
+        for task, stream in enumerate(self._streams):
+            draws = np.flatnonzero(self._tasks == task)
+            if len(draws):
+                table, found = stream.take(len(draws))
+                tables.append(table.renamed(stream.fidelity, DRAWN))
+                row[draws[found]] = first + np.arange(len(table))
+                first += len(table)
+        self._samples = np.flatnonzero(row >= 0)
+        tasks = self._tasks[self._samples]
+        return Samples(
+            table=StructureTable.concatenate(tables).take(row[self._samples]),
+            fidelities=self._fidelities,
+            fidelity=tasks,
+            energy_weight=self._energy_weights[tasks],
+            forces_weight=self._forces_weights[tasks],
+        )
 
-    def state(self) -> dict[str, Any]:
-        """Return the number drawn and every stream's state: integers in dictionaries, fit for JSON."""
-        streams = [stream.state() for stream in self._streams]
-        return {"version": STATE_VERSION, "seed": self._seed, "drawn": self._drawn, "streams": streams}
+    def state(self, used: int | None = None) -> dict[str, Any]:
+        """Return the state after the first `used` samples of the chunk last given (None: all); fit for JSON."""
+        draws = len(self._tasks) if used is None or used == len(self._samples) else int(self._samples[used])
+        counts = np.bincount(self._tasks[:draws], minlength=len(self._streams)).tolist()
+        streams = [
+            stream.state(stream.dealing.advance(start, count)[0])
+            for stream, start, count in zip(self._streams, self._starts, counts, strict=True)
+        ]
+        return {"version": STATE_VERSION, "seed": self._seed, "drawn": self._drawn + draws, "streams": streams}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue at `state`; raises ValueError naming what differs when it was saved by another mix."""
+        self._check(state)
+        for stream, saved in zip(self._streams, state["streams"], strict=True):
+            stream.load_state(saved)
+        self._begin(state["drawn"])
+
+    def redeal(self, states: Sequence[Mapping[str, Any] | None]) -> None:
+        """Continue with this consumer's part of what the consumers of another world had left; see `ShardStream`."""
+        for state in states:
+            if state is not None:
+                self._check(state)
+        for index, stream in enumerate(self._streams):
+            stream.redeal([None if state is None else state["streams"][index] for state in states])
+        drawn = max(0 if state is None else state["drawn"] for state in states)
+        self._begin(-(-drawn // _CHUNK) * _CHUNK)  # no consumer draws a chunk that its rank has drawn before
+
+    def _begin(self, drawn: int) -> None:
+        """Stand before draw number `drawn`, with nothing given since."""
+        self._drawn = drawn
+        self._starts = [stream.position for stream in self._streams]
+        self._tasks = self._samples = np.zeros(0, np.int64)
+
+    def _check(self, state: Mapping[str, Any]) -> None:
         for name, expected in (("version", STATE_VERSION), ("seed", self._seed)):
             if state.get(name) != expected:
                 raise ValueError(f"mixing state: {name}: expected {expected}, found {state.get(name)}")
         if len(state["streams"]) != len(self._streams):
             raise ValueError(f"mixing state: expected {len(self._streams)} tasks, found {len(state['streams'])}")
-        for stream, saved in zip(self._streams, state["streams"], strict=True):
-            stream.load_state(saved)
-        self._drawn = state["drawn"]
-        self._choices = self._draw_chunk()
-
-    def _draw_chunk(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        random = np.random.default_rng([self._seed, _PURPOSE, self._streams[0].rank, self._drawn // _CHUNK])
-        return random.choice(len(self._streams), size=_CHUNK, p=self._shares)

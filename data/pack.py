@@ -1,4 +1,4 @@
-"""A pack: many structures as flat arrays in one safetensors buffer, the unit that shards store and streams deal.
+"""A pack: a StructureTable in one safetensors buffer, the unit that shards store and streams read.
 
 Arrays of a pack with M structures and N atoms in all:
 
@@ -13,20 +13,16 @@ A label that a structure does not have is NaN; a label that no structure of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from rung.data.fidelity import check_name
-from rung.data.structure import Labels, Structure, validate
+from rung.data.table import LABEL_KINDS, Array, Strings, StructureTable, faults
 
 PACK_VERSION = 1
-
-Array = NDArray[Any]
 
 # name -> (dtype, name of the first axis, lengths of the axes after it)
 _ARRAYS: dict[str, tuple[type[np.generic], str, tuple[int, ...]]] = {
@@ -43,126 +39,70 @@ _ARRAYS: dict[str, tuple[type[np.generic], str, tuple[int, ...]]] = {
     "group": (np.uint8, "bytes of group", ()),
     "group_offsets": (np.int64, "M+1", ()),
 }
-_LABELS: dict[str, tuple[type[np.generic], str, tuple[int, ...]]] = {
-    "energy": (np.float64, "M", ()),
-    "forces": (np.float32, "N", (3,)),
-    "stress": (np.float32, "M", (3, 3)),
-    "dipole": (np.float32, "M", (3,)),
-}
+_LABELS = {name: (kind.dtype, "N" if kind.per_atom else "M", kind.shape) for name, kind in LABEL_KINDS.items()}
+_SAME_IN_TABLE = ("num_atoms", "numbers", "positions", "cell", "pbc", "charge", "multiplicity")
 
 
-def encode(structures: Sequence[Structure]) -> bytes:
-    """Return the pack of `structures`; the same structures always give the same bytes.
+def encode(table: StructureTable) -> bytes:
+    """Return the pack of `table`; the same structures always give the same bytes.
 
-    Raises ValueError for an empty sequence, and for a structure that `rung.data.structure.validate` refuses.
+    Raises ValueError for an empty table, for a structure that `rung.data.structure.validate` refuses and for a name
+    that cannot be a fidelity's.
     """
-    if not structures:
+    if not len(table):
         raise ValueError("pack: expected at least one structure, found none")
-    for structure in structures:
-        validate(structure)
-    arrays: dict[str, Array] = {
-        "pack_version": np.array([PACK_VERSION], np.uint8),
-        "num_atoms": np.array([s.num_atoms for s in structures], np.int32),
-        "numbers": np.concatenate([s.numbers for s in structures]).astype(np.uint8),
-        "positions": np.concatenate([s.positions for s in structures]),
-        "cell": np.stack([s.cell for s in structures]),
-        "pbc": np.stack([s.pbc for s in structures]).astype(np.bool_),
-        "charge": np.array([s.charge for s in structures], np.int8),
-        "multiplicity": np.array([s.multiplicity for s in structures], np.uint8),
-    }
-    arrays["key"], arrays["key_offsets"] = _encode_strings([s.key for s in structures])
-    arrays["group"], arrays["group_offsets"] = _encode_strings([s.group for s in structures])
-    for fidelity in sorted({name for s in structures for name in s.labels}):
+    for reason in faults(table).values():
+        raise ValueError(reason)
+    for fidelity in table.fidelities:
         check_name(fidelity)
-        for label in _LABELS:
-            if (array := _label_array(structures, fidelity, label)) is not None:
-                arrays[f"{label}.{fidelity}"] = array
-    return save(arrays)
+    arrays = arrays_of(table) | {"pack_version": np.array([PACK_VERSION], np.uint8)}
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
-def decode(data: bytes, source: str, fidelity: str | None = None) -> list[Structure]:
-    """Return the structures of a pack; their arrays are views of one buffer.
+def arrays_of(table: StructureTable) -> dict[str, Array]:
+    """Return the arrays of a table by the names above, but for the version."""
+    arrays: dict[str, Array] = {name: getattr(table, name) for name in _SAME_IN_TABLE}
+    for name, strings in (("key", table.keys), ("group", table.groups)):
+        arrays[name], arrays[f"{name}_offsets"] = strings.text, strings.offsets
+    return arrays | {name: array for name, array in table.labels.items() if not np.isnan(array).all()}
 
-    With `fidelity`, return only the structures that carry it, with the labels of no other.
-    `source` says in errors where the bytes came from. Raises ValueError when they are not a well-formed pack.
+
+def table_of(arrays: Mapping[str, Array], source: str) -> StructureTable:
+    """Return the table of arrays by the names above; `source` says in errors where they came from."""
+    return StructureTable(
+        keys=_strings(arrays, "key", source),
+        groups=_strings(arrays, "group", source),
+        labels={name: array for name, array in sorted(arrays.items()) if name not in _ARRAYS},
+        **{name: arrays[name] for name in _SAME_IN_TABLE},
+    )
+
+
+def decode(data: bytes, source: str) -> StructureTable:
+    """Return the structures of a pack; `source` says in errors where the bytes came from.
+
+    Raises ValueError when the bytes are not a well-formed pack. The values are not looked at: see `faults`.
     """
     try:
         arrays = load(data)
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
+    except (SafetensorError, KeyError, TypeError) as error:  # KeyError: a dtype that numpy does not have
         raise ValueError(f"{source}: not a readable pack ({error}); the file is damaged, fetch it again") from error
     _check_version(arrays, source)
-    sizes = _check_arrays(arrays, source)
-    keys = _decode_strings(arrays, "key", source)
-    groups = _decode_strings(arrays, "group", source)
-    ends = np.cumsum(arrays["num_atoms"], dtype=np.int64).tolist()
-    starts = [0, *ends[:-1]]
-    present: dict[tuple[str, str], list[bool]] = {}
-    for name, array in arrays.items():
-        label, _, of = name.partition(".")
-        if label in _LABELS and fidelity in (None, of):
-            present[label, of] = _present(array, starts if _LABELS[label][1] == "N" else None)
-    structures = []
-    for m in range(sizes["M"]):
-        atoms = slice(starts[m], ends[m])
-        found: dict[str, dict[str, Any]] = {}
-        for (label, of), has_label in present.items():
-            if has_label[m]:
-                value = arrays[f"{label}.{of}"][atoms if _LABELS[label][1] == "N" else m]
-                found.setdefault(of, {})[label] = float(value) if label == "energy" else value
-        if fidelity is not None and not found:
-            continue
-        structures.append(
-            Structure(
-                key=keys[m],
-                group=groups[m],
-                numbers=arrays["numbers"][atoms],
-                positions=arrays["positions"][atoms],
-                cell=arrays["cell"][m],
-                pbc=arrays["pbc"][m],
-                charge=int(arrays["charge"][m]),
-                multiplicity=int(arrays["multiplicity"][m]),
-                labels={name: Labels(**found[name]) for name in sorted(found)},
-            )
-        )
-    return structures
+    _check_arrays(arrays, source)
+    return table_of(arrays, source)
 
 
-def _present(array: Array, starts: Sequence[int] | None) -> list[bool]:
-    """Return which structures have a label: their rows, which begin at `starts` if not one each, are not all NaN."""
-    has_value: Any = ~np.isnan(array).reshape(len(array), -1).all(axis=1)
-    if starts is not None:
-        has_value = np.logical_or.reduceat(has_value, starts)
-    present: list[bool] = has_value.tolist()
-    return present
-
-
-def _label_array(structures: Sequence[Structure], fidelity: str, label: str) -> Array | None:
-    dtype, axis, tail = _LABELS[label]
-    values = [getattr(s.labels.get(fidelity, Labels()), label) for s in structures]
-    if all(value is None for value in values):
-        return None
-    shapes = [(s.num_atoms, *tail) if axis == "N" else (1, *tail) for s in structures]
-    rows = [
-        np.full(shape, np.nan, dtype) if value is None else np.asarray(value, dtype).reshape(shape)
-        for value, shape in zip(values, shapes, strict=True)
-    ]
-    return np.concatenate(rows)
-
-
-def _encode_strings(strings: Sequence[str]) -> tuple[Array, Array]:
-    encoded = [text.encode() for text in strings]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return np.frombuffer(b"".join(encoded), np.uint8), offsets
-
-
-def _decode_strings(arrays: dict[str, Array], name: str, source: str) -> list[str]:
-    text, offsets = arrays[name].tobytes(), arrays[f"{name}_offsets"].tolist()
-    if offsets[0] != 0 or offsets[-1] != len(text) or sorted(offsets) != offsets:
+def _strings(arrays: Mapping[str, Array], name: str, source: str) -> Strings:
+    text, offsets = arrays[name], arrays[f"{name}_offsets"]
+    if offsets[0] != 0 or offsets[-1] != len(text) or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"{source}: {name}_offsets: expected to rise from 0 to {len(text)}, found otherwise")
+    starts = text[offsets[:-1][offsets[:-1] < len(text)]]
     try:
-        return [text[start:end].decode() for start, end in zip(offsets, offsets[1:], strict=False)]
+        text.tobytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: {name}: expected UTF-8 text ({error})") from error
+    if ((starts & 0xC0) == 0x80).any():  # a continuation byte
+        raise ValueError(f"{source}: {name}_offsets: expected to point at characters, found one cut in two")
+    return Strings(text, offsets)
 
 
 def _check_version(arrays: dict[str, Array], source: str) -> None:
@@ -172,18 +112,19 @@ def _check_version(arrays: dict[str, Array], source: str) -> None:
         raise ValueError(f"{source}: pack version {version}, this Rung reads [{PACK_VERSION}]; update Rung")
 
 
-def _check_arrays(arrays: dict[str, Array], source: str) -> dict[str, int]:
-    """Return the length of every axis, after holding every array to its dtype and shape."""
+def _check_arrays(arrays: dict[str, Array], source: str) -> None:
+    """Hold every array to its dtype and shape."""
     for name in _ARRAYS:
         if name not in arrays:
             raise ValueError(f"{source}: pack: array '{name}' is missing")
     num_atoms = arrays["num_atoms"]
-    sizes = {"M": num_atoms.size, "N": int(num_atoms.sum(dtype=np.int64)), "M+1": num_atoms.size + 1}
-    if num_atoms.size == 0 or num_atoms.min() < 1:
+    if num_atoms.ndim != 1 or num_atoms.dtype != np.int32 or num_atoms.size == 0 or num_atoms.min() < 1:
         raise ValueError(f"{source}: num_atoms: expected at least one structure of at least one atom, found otherwise")
+    sizes = {"M": num_atoms.size, "N": int(num_atoms.sum(dtype=np.int64)), "M+1": num_atoms.size + 1}
     sizes |= {"bytes of key": arrays["key"].size, "bytes of group": arrays["group"].size, "1": 1}
     for name, array in arrays.items():
-        layout = _ARRAYS.get(name) or _LABELS.get(name.partition(".")[0])
+        kind, _, fidelity = name.partition(".")
+        layout = _ARRAYS.get(name) or (_LABELS.get(kind) if fidelity else None)
         if layout is None:
             raise ValueError(f"{source}: pack: array '{name}' is not one that this Rung knows; update Rung")
         dtype, axis, tail = layout
@@ -191,4 +132,3 @@ def _check_arrays(arrays: dict[str, Array], source: str) -> dict[str, int]:
         if array.shape != shape or array.dtype != dtype:
             expected = f"{np.dtype(dtype)} {shape}"
             raise ValueError(f"{source}: {name}: expected {expected}, found {array.dtype} {array.shape}")
-    return sizes

@@ -11,6 +11,7 @@ from rung.data.reference_energy import check_energies
 from rung.data.shard import read_packs
 from rung.data.sources.ase_file import read_structures
 from rung.data.structure import Structure
+from rung.data.table import StructureTable
 from rung.data.verify import file_fault
 
 
@@ -39,9 +40,16 @@ def read_any(path: str | Path, fidelity: str | None = None, split: str | None = 
 
 
 def read_dataset(dataset: str | Path, fidelity: str | None = None, split: str | None = None) -> Iterator[Structure]:
-    """Yield the structures of a dataset in the order of its shards; each shard is held to its digest first.
+    """Yield the structures of a dataset; see `read_tables`."""
+    for table in read_tables(dataset, fidelity, split):
+        yield from table
 
-    Raises ValueError for an unknown split or fidelity (listing the known ones) and for a damaged shard.
+
+def read_tables(dataset: str | Path, fidelity: str | None = None, split: str | None = None) -> Iterator[StructureTable]:
+    """Yield the packs of a dataset in the order of its shards; each shard is held to its digest first.
+
+    With `fidelity`, only the structures that carry it, with the labels of no other. Raises ValueError for an unknown
+    split or fidelity (listing the known ones) and for a damaged shard.
     """
     folder = resolve_dataset(dataset)
     manifest = read_manifest(folder)
@@ -51,6 +59,8 @@ def read_dataset(dataset: str | Path, fidelity: str | None = None, split: str | 
         if fault := file_fault(folder / shard.file, shard):
             raise ValueError(f"{folder}: {fault}")
         for name, data in read_packs(folder / shard.file):
-            for structure in decode(data, f"{shard.file}: {name}"):
-                if fidelity is None or fidelity in structure.labels:
-                    yield structure
+            table = decode(data, f"{shard.file}: {name}")
+            if fidelity is not None:
+                table = table.at(fidelity)
+            if len(table):
+                yield table

@@ -7,8 +7,9 @@ atomisation energies, which stay right for a dissociating molecule. The fit is w
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,81 @@ class Outlier:
     z: float  # the deviation in robust standard deviations
 
 
+class Compositions(NamedTuple):
+    """How many atoms of each element each of M structures has."""
+
+    elements: NDArray[np.int64]  # [e], atomic numbers, ascending
+    counts: Floats  # [M, e]
+
+    @staticmethod
+    def of(numbers: NDArray[np.uint8], num_atoms: NDArray[np.integer]) -> Compositions:
+        """Return the compositions of structures whose atoms follow each other in `numbers`."""
+        elements, column = np.unique(numbers, return_inverse=True)
+        cell = np.repeat(np.arange(len(num_atoms)), num_atoms) * len(elements) + column
+        counts = np.bincount(cell, minlength=len(num_atoms) * len(elements)).reshape(len(num_atoms), len(elements))
+        return Compositions(elements.astype(np.int64), counts.astype(np.float64))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Compositions]) -> Compositions:
+        """Return the compositions of all parts, over the elements of any of them."""
+        elements = np.unique(np.concatenate([part.elements for part in parts]))
+        return Compositions(elements, np.concatenate([part.over(elements) for part in parts]))
+
+    def over(self, elements: NDArray[np.int64]) -> Floats:
+        """Return the counts of these elements, zero for those that do not occur; [M, len(elements)]."""
+        counts = np.zeros((len(self.counts), len(elements)))
+        known = np.isin(self.elements, elements)
+        counts[:, np.searchsorted(elements, self.elements[known])] = self.counts[:, known]
+        return counts
+
+    def sums(self, e0: Mapping[int, float]) -> Floats:
+        """Return the sum of the elements' energies for each structure; [M], NaN where an element has none."""
+        known = np.array([e0.get(z, np.nan) for z in self.elements.tolist()])
+        sums: Floats = self.counts @ known
+        return sums
+
+
+@dataclass(frozen=True)
+class RobustReference:
+    """What composition explains of an energy, in eV/atom, unbent by a minority of wrong energies."""
+
+    e0: dict[int, float]  # least absolute deviations
+    centre: float  # eV/atom, median of what they leave
+    spread: float  # eV/atom, robust standard deviation of it
+
+    @staticmethod
+    def fit(compositions: Compositions, energies: Floats) -> RobustReference | None:
+        """Return the fit to total energies in eV; None for fewer than five structures per element, too few to tell.
+
+        The spread is 1.4826 times the median absolute deviation (Leys et al., J. Exp. Soc. Psychol. 49, 764 (2013)).
+        """
+        elements, counts = compositions
+        if len(energies) < 5 * len(elements):
+            return None
+        sizes = counts.sum(1)
+        solution = _least_absolute_deviations(counts / sizes[:, None], energies / sizes)
+        residual = (energies - counts @ solution) / sizes
+        centre = float(np.median(residual))
+        spread = max(1.4826 * float(np.median(np.abs(residual - centre))), _MIN_SPREAD)
+        return RobustReference(dict(zip(elements.tolist(), solution.tolist(), strict=True)), centre, spread)
+
+    def deviations(self, compositions: Compositions, energies: Floats) -> Floats:
+        """Return how far each energy is from what composition explains, in eV/atom; NaN for an unknown element."""
+        residual = (energies - compositions.sums(self.e0)) / compositions.counts.sum(1)
+        return np.asarray(residual - self.centre, np.float64)
+
+
+def fit_e0_robustly(compositions: Compositions, energies: Floats) -> E0Fit:
+    """Return the least-squares fit to the energies that a robust reference does not call outliers."""
+    reference = RobustReference.fit(compositions, energies)
+    if reference is not None:
+        kept = np.abs(reference.deviations(compositions, energies)) <= SUSPICIOUS_Z * reference.spread
+        without = Compositions(compositions.elements, compositions.counts[kept])
+        if (without.counts.sum(0) > 0).all():  # an element that only outliers have must keep its energy
+            compositions, energies = without, energies[kept]
+    return _fit(compositions, energies, 0.0)
+
+
 def fit_e0(numbers: Sequence[NDArray[np.uint8]], energies: Sequence[float] | Floats, *, ridge: float = 0.0) -> E0Fit:
     """Fit one energy per element to total energies in eV; `numbers` holds each structure's atomic numbers.
 
@@ -63,9 +139,20 @@ def fit_e0(numbers: Sequence[NDArray[np.uint8]], energies: Sequence[float] | Flo
     a correction to known reference energies wants). Raises ValueError for no structures, unequal lengths, NaN or
     negative ridge.
     """
-    elements, design, target = _per_atom(numbers, energies)
+    target = np.asarray(energies, np.float64)
+    if len(numbers) == 0 or len(numbers) != len(target):
+        raise ValueError(f"E0 fit: expected as many compositions as energies, found {len(numbers)} and {len(target)}")
+    if not np.isfinite(target).all():
+        raise ValueError("E0 fit: expected finite energies; leave out the structures without one")
     if ridge < 0:
         raise ValueError(f"fit_e0: ridge: expected >= 0, found {ridge}")
+    return _fit(_compositions(numbers), target, ridge)
+
+
+def _fit(compositions: Compositions, energies: Floats, ridge: float) -> E0Fit:
+    elements, counts = compositions
+    sizes = counts.sum(1)
+    design, target = counts / sizes[:, None], energies / sizes
     num_structures, num_elements = design.shape
     penalty = np.sqrt(ridge * num_structures) * np.eye(num_elements)
     solution = np.linalg.lstsq(np.vstack([design, penalty]), np.append(target, np.zeros(num_elements)), rcond=1e-10)[0]
@@ -88,18 +175,15 @@ def outliers(
 ) -> list[Outlier]:
     """Return the structures whose energy per atom deviates by more than `z` robust sigma and `deviation` eV/atom.
 
-    The reference is a least-absolute-deviations fit on composition, which a minority of wrong energies does not bend;
-    sigma is 1.4826 times the median absolute deviation (Leys et al., J. Exp. Soc. Psychol. 49, 764 (2013)). Sets with
-    fewer than five structures per fitted element are too small to tell and return nothing.
+    The reference is `RobustReference`; sets with fewer than five structures per element return nothing.
     """
-    elements, design, target = _per_atom(numbers, energies)
-    if len(target) < 5 * len(elements):
+    compositions, target = _compositions(numbers), np.asarray(energies, np.float64)
+    reference = RobustReference.fit(compositions, target)
+    if reference is None:
         return []
-    residual = target - design @ _least_absolute_deviations(design, target)
-    residual -= np.median(residual)
-    spread = max(1.4826 * float(np.median(np.abs(residual))), _MIN_SPREAD)
-    far = np.flatnonzero((np.abs(residual) > z * spread) & (np.abs(residual) > deviation))
-    return [Outlier(int(i), float(residual[i]), float(abs(residual[i]) / spread)) for i in far]
+    found = reference.deviations(compositions, target)
+    far = np.flatnonzero((np.abs(found) > z * reference.spread) & (np.abs(found) > deviation))
+    return [Outlier(int(i), float(found[i]), float(abs(found[i]) / reference.spread)) for i in far]
 
 
 def check_energies(structures: Sequence[Structure], fidelity: str, limit: float = EXTREME_DEVIATION) -> None:
@@ -125,19 +209,8 @@ def _some(texts: Sequence[str], shown: int = 10) -> str:
     return ", ".join(texts[:shown]) + rest
 
 
-def _per_atom(
-    numbers: Sequence[NDArray[np.uint8]], energies: Sequence[float] | Floats
-) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """Return the elements, the composition fractions [structures, elements] and the energies per atom."""
-    target = np.asarray(energies, np.float64)
-    if len(numbers) == 0 or len(numbers) != len(target):
-        raise ValueError(f"E0 fit: expected as many compositions as energies, found {len(numbers)} and {len(target)}")
-    if not np.isfinite(target).all():
-        raise ValueError("E0 fit: expected finite energies; leave out the structures without one")
-    elements = np.unique(np.concatenate(numbers)).astype(np.int64)
-    counts = np.stack([np.bincount(z, minlength=int(elements[-1]) + 1)[elements] for z in numbers]).astype(np.float64)
-    sizes = counts.sum(1)
-    return elements, counts / sizes[:, None], target / sizes
+def _compositions(numbers: Sequence[NDArray[np.uint8]]) -> Compositions:
+    return Compositions.of(np.concatenate(numbers), np.array([len(atoms) for atoms in numbers]))
 
 
 def _rank(design: Floats) -> tuple[int, NDArray[np.intp]]:

@@ -7,18 +7,23 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from rung.data.fidelity import check_name
-from rung.data.graph import structure_graph
+import numpy as np
+
+from rung.data.graph import edge_counts
 from rung.data.pack import encode
-from rung.data.structure import Structure
+from rung.data.table import StructureTable
+from rung.data.tar import members
 
 EDGE_CUTOFF = 5.0  # angstrom; the cut-off at which a manifest counts edges, so that budgets can be planned
+PACK_ATOMS = 16384
+SHARD_BYTES = 100_000_000
 PACK_SUFFIX = ".safetensors"
-_END_OF_TAR = bytes(1024)  # POSIX: a tar ends with two zero blocks of 512 bytes
+_CHECKED_NAME = re.compile(rf"-([0-9a-f]{{8}}){re.escape(PACK_SUFFIX)}")
 
 
 @dataclass(frozen=True)
@@ -33,68 +38,76 @@ class ShardInfo:
     atoms: int
     edges: int  # directed, at the manifest's cut-off
     split: str
+    labels: dict[str, list[int]]  # fidelity -> structures that carry it, in each pack
 
     def __post_init__(self) -> None:
         # Manifests come from anywhere: a path or a command must not reach what opens shards.
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+\.tar", self.file):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar", self.file):
             raise ValueError(f"shard '{self.file}': expected the plain name of a .tar file in the dataset's folder")
 
 
-def write_shards(
-    structures: Iterable[Structure],
-    folder: Path,
-    prefix: str,
-    *,
-    pack_atoms: int = 16384,
-    shard_bytes: int = 100_000_000,
-) -> list[ShardInfo]:
-    """Write `<prefix>-000000.tar`, ... into `folder`, in the order given, and return what was written.
+def write_shard(table: StructureTable, path: Path, split: str, *, pack_atoms: int = PACK_ATOMS) -> ShardInfo:
+    """Write the structures of `table`, in order, as one shard and return what a manifest says of it.
 
-    `prefix` is the name of the split. A pack closes before it exceeds `pack_atoms` (a larger structure is a pack of its
-    own), a shard once it exceeds `shard_bytes`. The same structures give the same bytes.
-    Raises ValueError for a structure that `validate` refuses.
+    A pack closes before it exceeds `pack_atoms`; a larger structure is a pack of its own. The same structures give the
+    same bytes. Raises ValueError for a structure that `rung.data.structure.validate` refuses.
     """
-    check_name(prefix)
-    folder.mkdir(parents=True, exist_ok=True)
-    infos: list[ShardInfo] = []
-    members: list[tuple[str, bytes]] = []
-    contents: list[Structure] = []
-    for index, pack in enumerate(_packs(structures, pack_atoms)):
-        members.append((f"{prefix}-{index:06d}{PACK_SUFFIX}", encode(pack)))
-        contents.extend(pack)
-        if sum(len(data) for _, data in members) >= shard_bytes:
-            infos.append(_write_shard(folder, prefix, len(infos), members, contents))
-            members, contents = [], []
-    if members:
-        infos.append(_write_shard(folder, prefix, len(infos), members, contents))
-    return infos
+    packs = list(cut_packs(table, pack_atoms))
+    contents = []
+    for index, pack in enumerate(packs):
+        data = encode(pack)
+        contents.append((f"{path.stem}-{index:06d}-{zlib.crc32(data):08x}{PACK_SUFFIX}", data))
+    data = tar_bytes(contents)
+    write_beside(path, data)
+    return ShardInfo(
+        file=path.name,
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        packs=len(packs),
+        structures=len(table),
+        atoms=len(table.numbers),
+        edges=int(edge_counts(table, EDGE_CUTOFF).sum()),
+        split=split,
+        labels=labels_per_pack(packs),
+    )
+
+
+def labels_per_pack(packs: Iterable[StructureTable]) -> dict[str, list[int]]:
+    """Return fidelity -> number of structures that carry it in each pack."""
+    packs = list(packs)
+    fidelities = sorted({fidelity for pack in packs for fidelity in pack.fidelities})
+    counts = {name: [int(np.count_nonzero(pack.carries(name))) for pack in packs] for name in fidelities}
+    return {name: found for name, found in counts.items() if any(found)}
+
+
+def cut_packs(table: StructureTable, pack_atoms: int) -> Iterator[StructureTable]:
+    """Yield consecutive structures of at most `pack_atoms` atoms in all, or one larger structure."""
+    offsets, start = table.offsets, 0
+    while start < len(table):
+        stop = int(np.searchsorted(offsets, offsets[start] + pack_atoms, "right")) - 1
+        yield table.part(start, max(start + 1, stop))
+        start = max(start + 1, stop)
 
 
 def read_packs(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (member name, bytes) of each pack of a local shard, in order.
 
-    Raises ValueError naming the file for a truncated or foreign tar and for a member that is no plain pack name.
+    Raises ValueError naming the file for a tar that `rung.data.tar.members` refuses and for a pack whose checksum is
+    not that of its name.
     """
     with path.open("rb") as file:
-        if path.stat().st_size < len(_END_OF_TAR) or not _ends_complete(file):
-            raise ValueError(f"{path}: truncated: the tar has no end-of-archive mark; fetch or build it again")
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    check_member(member.name, str(path))
-                    content = tar.extractfile(member) if member.isreg() else None
-                    if content is None:
-                        raise ValueError(f"{path}: member '{member.name}': expected a regular file")
-                    yield member.name, content.read()
-        except tarfile.TarError as error:
-            raise ValueError(f"{path}: not a readable tar ({error}); fetch or build it again") from error
+        for member in members(file, str(path)):
+            file.seek(member.offset)
+            data = file.read(member.size)
+            check_pack(member.name, data, str(path))
+            yield member.name, data
 
 
-def check_member(name: str, source: str) -> None:
-    """Raise ValueError unless a tar member's name is that of a pack inside the shard (no path that could escape it)."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or path.suffix != PACK_SUFFIX:
-        raise ValueError(f"{source}: member '{name}': expected a relative name ending in '{PACK_SUFFIX}', without '..'")
+def check_pack(name: str, data: bytes, source: str) -> None:
+    """Raise ValueError when a member's name ends in a CRC-32 that is not that of `data`."""
+    stated = _CHECKED_NAME.search(name)
+    if stated and int(stated[1], 16) != zlib.crc32(data):
+        raise ValueError(f"{source}: {name}: damaged: its CRC-32 is {zlib.crc32(data):08x}; fetch or build it again")
 
 
 def file_sha256(path: Path) -> str:
@@ -113,51 +126,12 @@ def write_beside(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
+def tar_bytes(contents: Iterable[tuple[str, bytes]]) -> bytes:
     """Return an uncompressed tar of (name, content): no owners, no times, so that the bytes depend on these alone."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
+        for name, data in contents:
             header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
     return buffer.getvalue()
-
-
-def _packs(structures: Iterable[Structure], pack_atoms: int) -> Iterator[list[Structure]]:
-    pack: list[Structure] = []
-    atoms = 0
-    for structure in structures:
-        if pack and atoms + structure.num_atoms > pack_atoms:
-            yield pack
-            pack, atoms = [], 0
-        pack.append(structure)
-        atoms += structure.num_atoms
-    if pack:
-        yield pack
-
-
-def _write_shard(
-    folder: Path, prefix: str, index: int, members: list[tuple[str, bytes]], contents: list[Structure]
-) -> ShardInfo:
-    file = f"{prefix}-{index:06d}.tar"
-    edges = sum(structure_graph(structure, EDGE_CUTOFF).num_edges for structure in contents)
-    data = tar_bytes(members)
-    write_beside(folder / file, data)
-    return ShardInfo(
-        file=file,
-        sha256=hashlib.sha256(data).hexdigest(),
-        bytes=len(data),
-        packs=len(members),
-        structures=len(contents),
-        atoms=sum(s.num_atoms for s in contents),
-        edges=edges,
-        split=prefix,
-    )
-
-
-def _ends_complete(file: io.BufferedReader) -> bool:
-    file.seek(-len(_END_OF_TAR), os.SEEK_END)
-    complete = file.read() == _END_OF_TAR
-    file.seek(0)
-    return complete

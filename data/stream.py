@@ -1,126 +1,148 @@
 """Streams: the endless, resumable sequence of one task's structures on one consumer; one finite pass for evaluation.
 
 A consumer is one loader worker of one data-parallel rank; `rank` and `world` number the consumers, not the processes of
-the launcher. WebDataset opens and reads the tars (local files, URLs, `pipe:` commands); who reads what is decided here,
-because its own splitter asks the environment, which knows nothing of process groups.
+the launcher. Who reads what is decided in `dealing.py`, from the manifests alone: the environment, which WebDataset's
+own splitter asks, knows nothing of process groups.
 
-Dealing. In every epoch the shards are permuted and their packs, in that order, are cut into one contiguous range per
-consumer, so that a consumer opens only the shards it needs. A small or sparsely labelled split would leave consumers
-with unequal shares, or none; there every consumer reads every pack and keeps each `world`-th labelled structure.
-
-Order. A consumer reads its packs in blocks of BLOCK_PACKS and shuffles the structures of a block. The order is a pure
-function of (seed, epoch, task, rank, world), so the state is a few integers and resuming reads one block.
+Order. An epoch's positions are the labelled structures of the shards, the shards permuted and the whole rotated by a
+random number, so that a consumer meets another part of a small split in every epoch. A consumer reads its positions in
+blocks and shuffles each. All of it is a pure function of (seed, epoch, task, rank, world): the state is a few integers
+and resuming reads one block.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.gopen import gopen, set_options
-from webdataset.tariterators import tar_file_iterator
 
+from rung.data.dealing import Dealing, Position, Segment, Work
+from rung.data.fetch import RemoteConfig, ShardSource
 from rung.data.manifest import read_manifest, resolve_dataset
 from rung.data.pack import decode
-from rung.data.shard import ShardInfo, check_member
-from rung.data.structure import Labels, Structure
+from rung.data.shard import ShardInfo, check_pack
+from rung.data.structure import Structure
+from rung.data.table import StructureTable, offsets_of
+from rung.data.tar import Member, walk
 
-STATE_VERSION = 1
-BLOCK_PACKS = 16  # structures are shuffled within this many packs, about 260,000 atoms
-CACHE_BYTES = 256_000_000  # per stream; a split that fits is read from disk once
-
-# Packs are dealt whole when a consumer gets this many and each holds this many labels; else structures are dealt.
-_MIN_PACKS_PER_CONSUMER = 8
-_MIN_LABELS_PER_PACK = 8
-_STRUCTURE_OVERHEAD = 1250  # bytes of the Python objects around the arrays of one structure (measured: 1,220)
+STATE_VERSION = 2
+BLOCK_ATOMS = 1 << 18  # structures are shuffled within blocks of about this many atoms ...
+MAX_BLOCK = 8192  # ... and at most this many structures
 
 _log = logging.getLogger(__name__)
 
 
-class Slot(NamedTuple):
-    """The place of a pack in a split; it keeps its place when the pack turns out to be unreadable."""
+@dataclass
+class _OpenShard:
+    """The shard that was read last: streams read forwards, so the next structures are mostly in it."""
 
-    shard: int  # in the manifest's order
-    member: int  # in the tar's order
-    number: int  # in the split
+    index: int
+    file: BinaryIO
+    members: list[Member]
+    fault: str  # of the tar, after these members
+    pack: int = -1  # the pack that was decoded last
+    table: StructureTable | None = None  # None: unreadable
 
 
-class PackReader:
-    """Reads the packs of one split and keeps the structures that carry `fidelity`, with the labels of no other.
+class LabelReader:
+    """Reads the structures of one split that carry `fidelity`, with the labels of no other, by their number.
 
     Unreadable packs are logged and listed in `bad`; one more than `max_bad` is a ValueError.
     """
 
+    _open: _OpenShard | None = None
+
     def __init__(
-        self, dataset: str | Path, fidelity: str, split: str, *, max_bad: int = 0, shard_url: str = ""
+        self,
+        dataset: str | Path,
+        fidelity: str,
+        split: str,
+        *,
+        max_bad: int = 0,
+        shard_url: str = "",
+        remote: RemoteConfig = RemoteConfig(),  # noqa: B008 (frozen)
     ) -> None:
         # Only the user may name a URL or a command: a manifest comes from anywhere and names plain files.
-        self._shard_url = shard_url or f"{resolve_dataset(dataset).absolute()}/{{file}}"
-        if "{file}" not in self._shard_url:
-            raise ValueError(f"shard_url: expected '{{file}}' where the shard's name goes, found '{shard_url}'")
+        self._source = ShardSource(shard_url or f"{resolve_dataset(dataset).absolute()}/{{file}}", remote)
         manifest = read_manifest(dataset)
-        entry = manifest.entry(fidelity)
+        manifest.entry(fidelity)
         self.dataset, self.fidelity, self.split, self.max_bad = manifest.name, fidelity, split, max_bad
-        self.shards: list[ShardInfo] = manifest.shards_of(split)
-        # A structure may have either label alone, so the larger count is a lower bound.
-        self.num_labels = max(entry.num_energies.get(split, 0), entry.num_forces.get(split, 0))
+        self.shards: list[ShardInfo] = [s for s in manifest.shards_of(split) if sum(s.labels.get(fidelity, ()))]
+        self._packs = [offsets_of(np.array(shard.labels[fidelity])) for shard in self.shards]
+        self.counts = np.array([packs[-1] for packs in self._packs], np.int64)  # labelled structures of each shard
         self.bad: dict[str, str] = {}  # unreadable pack -> reason
+
+    def __del__(self) -> None:
+        self.close()
 
     def __str__(self) -> str:
         return f"dataset '{self.dataset}', fidelity '{self.fidelity}', split '{self.split}'"
 
-    def slots(self, shards: Sequence[int]) -> list[Slot]:
-        """Return the places of all packs of the split, shard by shard in the order given."""
-        first = np.cumsum([0, *(shard.packs for shard in self.shards)])
-        return [Slot(s, member, int(first[s]) + member) for s in shards for member in range(self.shards[s].packs)]
+    def read(self, shard: int, start: int, stop: int) -> tuple[StructureTable, NDArray[np.bool_]]:
+        """Return labelled structures start..stop of a shard, and which of them could be read; [stop - start]."""
+        offsets = self._packs[shard]
+        found = np.zeros(stop - start, np.bool_)
+        tables = []
+        first = int(np.searchsorted(offsets, start, "right")) - 1
+        for pack in range(first, int(np.searchsorted(offsets, stop, "left"))):
+            low, high = max(start, int(offsets[pack])), min(stop, int(offsets[pack + 1]))
+            table = self._pack(shard, pack) if low < high else None
+            if table is not None:
+                tables.append(table.part(low - int(offsets[pack]), high - int(offsets[pack])))
+                found[low - start : high - start] = True
+        return StructureTable.concatenate(tables), found
 
-    def read(self, slots: Sequence[Slot]) -> Iterator[list[Structure]]:
-        """Yield the labelled structures of each pack, none for an unreadable one.
+    def tables(self) -> Iterator[StructureTable]:
+        """Yield all labelled structures in the order of the shards, a pack at a time."""
+        for shard, offsets in enumerate(self._packs):
+            for pack in np.flatnonzero(np.diff(offsets)).tolist():
+                table = self._pack(shard, pack)
+                if table is not None:
+                    yield table
 
-        `slots` of one shard are neighbours and ascend, so that every shard is opened once and read forwards.
-        """
-        for shard, group in groupby(slots, key=lambda slot: slot.shard):
-            yield from self._read_shard(self.shards[shard], [slot.member for slot in group])
+    def _pack(self, shard: int, pack: int) -> StructureTable | None:
+        opened = self._open_shard(shard)
+        if opened.pack != pack:
+            info = self.shards[shard]
+            opened.pack, opened.table = pack, None
+            if pack >= len(opened.members):
+                self._count_bad(f"{info.file}: pack {pack} of {info.packs}", opened.fault or "the tar ends early")
+                return None
+            member = opened.members[pack]
+            try:
+                opened.table = self._decode(info, member, opened.file, pack)
+            except ValueError as error:
+                self._count_bad(f"{info.file}: {member.name}", str(error))
+        return opened.table
 
-    def _read_shard(self, shard: ShardInfo, members: Sequence[int]) -> Iterator[list[Structure]]:
-        with gopen(self._shard_url.replace("{file}", shard.file)) as file:
-            # A command whose last bytes nobody reads ends badly without having failed; what is read is checked below.
-            set_options(file, ignore_errors=True)
-            packs = tar_file_iterator(file)
-            num_read, fault = 0, ""
-            for member in members:
-                pack: dict[str, Any] | None = None
-                try:
-                    while num_read <= member and not fault:
-                        pack = next(packs, None)
-                        num_read += 1
-                        if pack is None:
-                            fault = "the tar ends early"
-                except (tarfile.TarError, EOFError) as error:
-                    pack, fault = None, f"the tar is damaged ({error})"
-                if pack is None:
-                    self._count_bad(f"{shard.file}: pack {member} of {shard.packs}", fault)
-                    yield []
-                else:
-                    yield self._decode(shard.file, pack["fname"], pack["data"])
+    def _decode(self, info: ShardInfo, member: Member, file: BinaryIO, pack: int) -> StructureTable:
+        file.seek(member.offset)
+        data = file.read(member.size)
+        check_pack(member.name, data, info.file)
+        table = decode(data, f"{info.file}: {member.name}").at(self.fidelity)
+        if len(table) != (stated := info.labels[self.fidelity][pack]):
+            raise ValueError(f"manifest says {stated} structures with labels at '{self.fidelity}', found {len(table)}")
+        return table.renamed(self.fidelity, self.fidelity)
 
-    def _decode(self, file: str, name: str, data: bytes) -> list[Structure]:
-        source = f"{file}: {name}"
-        try:
-            check_member(name, file)
-            structures = decode(data, source, self.fidelity)
-        except ValueError as error:
-            self._count_bad(source, str(error))
-            return []
-        return [_copy(structure) for structure in structures]
+    def _open_shard(self, shard: int) -> _OpenShard:
+        if self._open is None or self._open.index != shard:
+            self.close()
+            info = self.shards[shard]
+            file = self._source.open(info)
+            self._open = _OpenShard(shard, file, *_readable_members(file, info.file))
+        return self._open
+
+    def close(self) -> None:
+        """Close the shard that is open; the next read opens one again."""
+        if self._open is not None:
+            self._open.file.close()
+            self._open = None
 
     def _count_bad(self, pack: str, reason: str) -> None:
         if pack not in self.bad:
@@ -134,27 +156,18 @@ class PackReader:
             )
 
 
-def _copy(structure: Structure) -> Structure:
-    """Return the structure in memory of its own, so that one kept in a cache does not keep its whole pack alive."""
+@dataclass
+class _Block:
+    """The block that was read last, in shuffled order; streams deal a block in many portions."""
 
-    def copy(array: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
-        return None if array is None else array.copy()
-
-    return dataclasses.replace(
-        structure,
-        numbers=structure.numbers.copy(),
-        positions=structure.positions.copy(),
-        cell=structure.cell.copy(),
-        pbc=structure.pbc.copy(),
-        labels={
-            name: Labels(labels.energy, copy(labels.forces), copy(labels.stress), copy(labels.dipole))
-            for name, labels in structure.labels.items()
-        },
-    )
+    epoch: int = -1
+    start: int = -1
+    table: StructureTable = field(default_factory=lambda: StructureTable.of([]))
+    row: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # of each structure; -1: unreadable
 
 
 class ShardStream:
-    """Endless iterator over the structures of one split that carry a label at `fidelity`; see the top of this file."""
+    """Endless stream of the structures of one split that carry a label at `fidelity`; see the top of this file."""
 
     def __init__(
         self,
@@ -168,12 +181,12 @@ class ShardStream:
         shuffle: bool = True,
         max_bad: int = 0,
         shard_url: str = "",
-        cache_bytes: int = CACHE_BYTES,
+        remote: RemoteConfig = RemoteConfig(),  # noqa: B008 (frozen)
     ) -> None:
         """`dataset` is a folder, its dataset.yaml or 'builtin'; `world` counts consumers and `rank` is one of them.
 
         `shard_url` is where the shards are when they do not lie beside the manifest, with {file} for their name:
-        'https://host/set/{file}' or 'pipe:aws s3 cp s3://bucket/set/{file} -'.
+        'https://host/set/{file}' or 'pipe:aws s3 cp s3://bucket/set/{file} -'; see `rung.data.fetch`.
         Raises ValueError for an unknown fidelity or split, and when there are fewer labels than consumers.
         """
         _check_rank(rank, world)
@@ -181,21 +194,26 @@ class ShardStream:
             raise ValueError(f"stream: seed: expected a whole number >= 0, found {seed}")
         self.rank, self.world, self.seed = rank, world, seed
         self._shuffle = shuffle
-        self._reader = PackReader(dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url)
-        if self._reader.num_labels < world:
-            raise ValueError(self._too_few(f"{self._reader.num_labels} labelled structures"))
-        self._cache: dict[int, list[Structure]] = {}
-        self._cache_room = cache_bytes
-        num_packs = sum(shard.packs for shard in self._reader.shards)
-        many_packs = num_packs >= _MIN_PACKS_PER_CONSUMER * world
-        self._deal_packs = many_packs and self._reader.num_labels >= _MIN_LABELS_PER_PACK * num_packs
-        self._task = zlib.crc32(f"{self._reader.dataset}/{fidelity}/{split}".encode())
-        content = zlib.crc32("".join(shard.sha256 for shard in self._reader.shards).encode())
+        self._reader = reader = LabelReader(
+            dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url, remote=remote
+        )
+        total = int(reader.counts.sum())
+        if total < world:
+            raise ValueError(
+                f"{reader}: {total} labelled structures for consumer {rank} of {world} (data-parallel ranks x loader "
+                "workers); use fewer ranks or workers, or a split with more labels at this fidelity"
+            )
+        atoms = sum(shard.atoms for shard in reader.shards) / sum(shard.structures for shard in reader.shards)
+        self.dealing = Dealing(total, min(MAX_BLOCK, max(1, round(BLOCK_ATOMS / atoms))), rank, world)
+        self.position = self.dealing.start()
+        self._task = zlib.crc32(f"{reader.dataset}/{fidelity}/{split}".encode())
+        content = zlib.crc32("".join(shard.sha256 for shard in reader.shards).encode())
         # What the order depends on, beside the position.
-        self._identity = {"version": STATE_VERSION, "world": world, "rank": rank, "seed": seed}
-        self._identity |= {"task": self._task, "content": content, "shuffle": int(shuffle)}
-        self._epoch = self._block = self._offset = 0
-        self._structures = self._generate()
+        self._identity = {"version": STATE_VERSION, "seed": seed, "task": self._task, "content": content}
+        self._identity |= {"shuffle": int(shuffle), "world": world, "rank": rank}
+        self._block = _Block()
+        self._lost = 0  # structures in a row that could not be read
+        self._order: tuple[int, NDArray[np.int64], NDArray[np.int64], int] | None = None
 
     @property
     def fidelity(self) -> str:
@@ -206,85 +224,97 @@ class ShardStream:
         """Unreadable packs met so far, with the reason."""
         return self._reader.bad
 
+    def take(self, count: int) -> tuple[StructureTable, NDArray[np.bool_]]:
+        """Return the next `count` structures, and which of them could be read; [count]."""
+        position, segments = self.dealing.advance(self.position, count)
+        tables, found = [], []
+        for segment in segments:
+            block = self._read(segment)
+            row = block.row[segment.first : segment.last]
+            found.append(row >= 0)
+            tables.append(block.table.take(row[row >= 0]))
+        readable = np.concatenate([np.zeros(0, np.bool_), *found])
+        self._lost = 0 if readable.any() else self._lost + count
+        if self._lost > self.dealing.total:  # a whole epoch: the next would be no better
+            raise ValueError(f"{self._reader}: none of its {self.dealing.total} labelled structures can be read")
+        self.position = position  # not before the reading has succeeded
+        return StructureTable.concatenate(tables), readable
+
     def __iter__(self) -> Iterator[Structure]:
-        return self
+        """Yield structures one by one, without end; the position is always right after the last one."""
+        while True:
+            table, _ = self.take(1)
+            yield from table
 
-    def __next__(self) -> Structure:
-        return next(self._structures)
+    def state(self, position: Position | None = None) -> dict[str, Any]:
+        """Return where the next structure is, or the state of another position; fit for JSON.
 
-    def state(self) -> dict[str, int]:
-        """Return where the next structure is; `load_state` continues there in a new stream of the same arguments."""
-        position = {"epoch": self._epoch, "block": self._block, "offset": self._offset}
-        return self._identity | position
+        `load_state` continues there in a new stream of the same arguments.
+        """
+        position = position or self.position
+        return self._identity | {"epoch": position.epoch, "todo": [list(work) for work in position.todo]}
 
-    def load_state(self, state: Mapping[str, int]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue at `state`; raises ValueError naming what differs when it was saved under another order."""
-        for name, value in self._identity.items():
+        self.position = self._position(state, self._identity)
+
+    def redeal(self, states: Sequence[Mapping[str, Any] | None]) -> None:
+        """Continue with this consumer's part of what the consumers of another world had left; by their ranks.
+
+        None stands for a consumer that had not begun. Raises ValueError as `load_state` does, but for the world.
+        """
+        positions = []
+        for rank, state in enumerate(states):
+            identity = self._identity | {"world": len(states), "rank": rank}
+            before = Dealing(self.dealing.total, self.dealing.block, rank, len(states))
+            positions.append(before.start() if state is None else self._position(state, identity))
+        self.position = self.dealing.redeal(positions)
+
+    def _position(self, state: Mapping[str, Any], identity: Mapping[str, int]) -> Position:
+        for name, value in identity.items():
             if state.get(name) != value:
                 raise ValueError(
                     f"stream state of {self._reader}: {name}: expected {value}, found {state.get(name)}; "
-                    "resume with the dataset, seed, ranks and loader workers it was saved with"
+                    "resume with the dataset, seed, ranks and loader workers it was saved with, or deal it again"
                 )
-        self._epoch, self._block, self._offset = state["epoch"], state["block"], state["offset"]
-        self._structures = self._generate()
+        return Position(state["epoch"], tuple(Work(*work) for work in state["todo"]))
 
-    def _generate(self) -> Iterator[Structure]:
-        while True:
-            whole_epoch, empty = self._block == 0, True
-            slots = self._deal()[self._block * BLOCK_PACKS :]
-            unread = self._reader.read([slot for slot in slots if slot.number not in self._cache])
-            for start in range(0, len(slots), BLOCK_PACKS):
-                structures = [s for slot in slots[start : start + BLOCK_PACKS] for s in self._pack(slot, unread)]
-                empty = empty and not structures
-                order = np.arange(len(structures))
-                if self._shuffle:
-                    order = self._random(self.rank, self._block).permutation(order)
-                for index in order[self._offset :]:
-                    self._offset += 1
-                    yield structures[index]
-                self._block, self._offset = self._block + 1, 0
-            if whole_epoch and empty:
-                raise ValueError(self._too_few("no labelled structure in the share"))
-            self._epoch, self._block = self._epoch + 1, 0
+    def _read(self, segment: Segment) -> _Block:
+        """Return the block of a segment, from memory when it was the last one."""
+        if (self._block.epoch, self._block.start) != (segment.epoch, segment.start):
+            tables, found = zip(*self._positions(segment.epoch, segment.start, segment.stop), strict=True)
+            readable = np.concatenate(found)
+            row = np.where(readable, np.cumsum(readable) - 1, -1)
+            if self._shuffle:
+                row = self._random(segment.epoch, segment.start, segment.stop).permutation(row)
+            self._block = _Block(segment.epoch, segment.start, StructureTable.concatenate(tables), row)
+        return self._block
 
-    def _deal(self) -> list[Slot]:
-        """Return the packs that this consumer reads in the current epoch, in order."""
-        shards = np.arange(len(self._reader.shards))
-        if self._shuffle:
-            shards = self._random().permutation(shards)
-        slots = self._reader.slots(shards.tolist())
-        if not self._deal_packs:
-            return slots
-        return slots[len(slots) * self.rank // self.world : len(slots) * (self.rank + 1) // self.world]
+    def _positions(self, epoch: int, start: int, stop: int) -> Iterator[tuple[StructureTable, NDArray[np.bool_]]]:
+        """Yield the structures at positions start..stop of an epoch, a shard at a time."""
+        shards, ends, rotation = self._epoch_order(epoch)
+        total = self.dealing.total
+        at = (start + rotation) % total
+        left = stop - start
+        while left:
+            index = int(np.searchsorted(ends, at, "right")) - 1
+            count = min(left, int(ends[index + 1]) - at)
+            first = at - int(ends[index])
+            yield self._reader.read(int(shards[index]), first, first + count)
+            at, left = (at + count) % total, left - count
 
-    def _pack(self, slot: Slot, unread: Iterator[list[Structure]]) -> list[Structure]:
-        """Return this consumer's structures of one pack: from memory, else the next of `unread`."""
-        if slot.number in self._cache:
-            return self._cache[slot.number]
-        structures = next(unread)
-        if not self._deal_packs:
-            # Counting from the pack's number deals the first structures of many sparse packs to different consumers.
-            structures = structures[(self.rank - slot.number) % self.world :: self.world]
-        size = sum(_STRUCTURE_OVERHEAD + 28 * structure.num_atoms for structure in structures)
-        # Nothing is evicted: an epoch visits every pack once, and a full cache of recent packs would never hit.
-        if size <= self._cache_room:
-            self._cache[slot.number] = structures
-            self._cache_room -= size
-        return structures
+    def _epoch_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Return the order of the shards, where each begins (and the last ends), and the rotation."""
+        if self._order is None or self._order[0] != epoch:
+            shards, rotation = np.arange(len(self._reader.shards)), 0
+            if self._shuffle:
+                random = self._random(epoch)
+                shards, rotation = random.permutation(shards), int(random.integers(self.dealing.total))
+            self._order = epoch, shards, offsets_of(self._reader.counts[shards]), rotation
+        return self._order[1:]
 
     def _random(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self._epoch, self._task, *key])
-
-    def _too_few(self, found: str) -> str:
-        return (
-            f"{self._reader}: {found} for consumer {self.rank} of {self.world} (data-parallel ranks x loader workers); "
-            "use fewer ranks or workers, or a split with more labels at this fidelity"
-        )
-
-
-def _check_rank(rank: int, world: int) -> None:
-    if not 0 <= rank < world:
-        raise ValueError(f"stream: rank: expected 0..{world - 1}, found {rank}")
+        return np.random.default_rng([self.seed, self._task, *key])
 
 
 def epoch_structures(
@@ -296,16 +326,31 @@ def epoch_structures(
     world: int = 1,
     max_bad: int = 0,
     shard_url: str = "",
+    remote: RemoteConfig = RemoteConfig(),  # noqa: B008 (frozen)
 ) -> Iterator[Structure]:
     """Yield every structure of a split that carries `fidelity` once, in the order of the shards: for evaluation.
 
     Of `world` callers each gets its own structures (maybe none) and together they get all.
     """
     _check_rank(rank, world)
-    reader = PackReader(dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url)
-    index = 0
-    for structures in reader.read(reader.slots(range(len(reader.shards)))):
-        for structure in structures:
-            if index % world == rank:
-                yield structure
-            index += 1
+    reader = LabelReader(dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url, remote=remote)
+    first = 0
+    for table in reader.tables():
+        yield from table.take(np.arange((rank - first) % world, len(table), world))
+        first += len(table)
+
+
+def _readable_members(file: BinaryIO, source: str) -> tuple[list[Member], str]:
+    """Return the members of a tar up to where it is damaged, and how it is."""
+    found: list[Member] = []
+    try:
+        for member in walk(file, source):
+            found.append(member)
+    except ValueError as error:
+        return found, str(error)
+    return found, ""
+
+
+def _check_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ValueError(f"stream: rank: expected 0..{world - 1}, found {rank}")

@@ -94,4 +94,4 @@ def _check(structure: Structure, name: str, value: NDArray[np.float32], shape: t
 
 
 def _bad(structure: Structure, name: str, expected: str, found: str) -> ValueError:
-    return ValueError(f"structure '{structure.key}': {name}: expected {expected}, found {found}")
+    return ValueError(f"structure {structure.key!r}: {name}: expected {expected}, found {found}")

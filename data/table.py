@@ -64,6 +64,11 @@ class Strings:
         buffer, offsets = self.text.tobytes(), self.offsets.tolist()
         return [buffer[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
 
+    def part(self, start: int, stop: int) -> Strings:
+        """Return texts start..stop; views but for the offsets."""
+        offsets = self.offsets[start : stop + 1]
+        return Strings(self.text[offsets[0] : offsets[-1]], offsets - offsets[0])
+
     def take(self, index: NDArray[np.integer]) -> Strings:
         lengths = np.diff(self.offsets)[index]
         return Strings(self.text[ragged_index(self.offsets[:-1][index], lengths)], offsets_of(lengths))
@@ -161,7 +166,7 @@ class StructureTable:
         return StructureTable(
             keys=_joined([table.keys for table in tables]),
             groups=_joined([table.groups for table in tables]),
-            labels={name: np.concatenate([table._label_or_nan(name) for table in tables]) for name in names},
+            labels={name: np.concatenate([table.label(name) for table in tables]) for name in names},
             **{
                 name: np.concatenate([getattr(table, name) for table in tables])
                 for name in ("num_atoms", "numbers", "positions", "cell", "pbc", "charge", "multiplicity")
@@ -211,6 +216,11 @@ class StructureTable:
         labels = {name: array for name, array in self.labels.items() if name.partition(".")[2] == fidelity}
         return dataclasses.replace(self, labels=labels).where(self.carries(fidelity))
 
+    def renamed(self, fidelity: str, name: str) -> StructureTable:
+        """Return the structures with the labels of `fidelity` alone, under another name."""
+        kinds = [kind for kind in LABEL_KINDS if f"{kind}.{fidelity}" in self.labels]
+        return dataclasses.replace(self, labels={f"{kind}.{name}": self.labels[f"{kind}.{fidelity}"] for kind in kinds})
+
     def where(self, mask: Mask) -> StructureTable:
         """Return the structures for which `mask` [M] holds."""
         return self if mask.all() else self.take(np.flatnonzero(mask))
@@ -230,6 +240,18 @@ class StructureTable:
             charge=self.charge[index],
             multiplicity=self.multiplicity[index],
             labels={n: array[atoms if _kind(n).per_atom else index] for n, array in self.labels.items()},
+        )
+
+    def part(self, start: int, stop: int) -> StructureTable:
+        """Return structures start..stop; their arrays are views, but for the texts."""
+        offsets = self.offsets
+        some, atoms = slice(start, stop), slice(int(offsets[start]), int(offsets[stop]))
+        return StructureTable(
+            keys=self.keys.part(start, stop),
+            groups=self.groups.part(start, stop),
+            labels={n: array[atoms if _kind(n).per_atom else some] for n, array in self.labels.items()},
+            **{name: getattr(self, name)[some] for name in ("num_atoms", "cell", "pbc", "charge", "multiplicity")},
+            **{name: getattr(self, name)[atoms] for name in ("numbers", "positions")},
         )
 
     def __getitem__(self, index: int) -> Structure:
@@ -263,7 +285,8 @@ class StructureTable:
             labels={fidelity: Labels(**found[fidelity]) for fidelity in sorted(found)},
         )
 
-    def _label_or_nan(self, name: str) -> Array:
+    def label(self, name: str) -> Array:
+        """Return the label "<kind>.<fidelity>" of every structure or atom, NaN where there is none."""
         if name in self.labels:
             return self.labels[name]
         kind = _kind(name)
@@ -281,7 +304,8 @@ def faults(table: StructureTable) -> dict[int, str]:
     bad |= _any(~np.isfinite(table.cell))
     periodic = table.pbc.any(axis=1)
     if periodic.any():
-        bad[periodic] |= np.abs(np.linalg.det(table.cell[periodic].astype(np.float64))) < 1e-6
+        with np.errstate(invalid="ignore", over="ignore"):  # of a cell that is not finite
+            bad[periodic] |= np.abs(np.linalg.det(table.cell[periodic].astype(np.float64))) < 1e-6
     bad |= table.multiplicity < 1
     for name, array in table.labels.items():
         infinite, some = _any(np.isinf(array)), _any(~np.isfinite(array))

@@ -9,5 +9,5 @@ parser = argparse.ArgumentParser(prog="python -m rung.finetune", description=cli
 cli.add_arguments(parser)
 try:
     sys.exit(cli.run(parser.parse_intermixed_args()))
-except (ValueError, FileNotFoundError, FileExistsError) as error:
+except (ValueError, OSError) as error:
     parser.exit(2, f"{parser.prog}: error: {error}\n")

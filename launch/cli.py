@@ -27,7 +27,7 @@ def run_module(module_name: str, prog: str, argv: Sequence[str]) -> int:
         parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
         module.add_arguments(parser)
         return int(module.run(parse(parser, argv)))
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except (ValueError, OSError) as error:  # an OSError names the file, the host or the process and says what is wrong
         print(f"{prog}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:

@@ -9,5 +9,5 @@ parser = argparse.ArgumentParser(prog="python -m rung.model", description=cli.__
 cli.add_arguments(parser)
 try:
     sys.exit(cli.run(parser.parse_args()))
-except (ValueError, FileNotFoundError) as error:
+except (ValueError, OSError) as error:
     parser.exit(2, f"{parser.prog}: error: {error}\n")

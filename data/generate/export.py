@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,11 @@ def export(
         folder,
         name=name,
         fidelities={fidelity: _describe(fidelity, versions) for fidelity in levels},
-        split=split_of,
+        split=split_of.__getitem__,
         e0={fidelity: level.e0 for fidelity, level in levels.items()},
         source=f"computed with: {command}",
         licence="CC0-1.0",
         description=_description(structures, versions),
-        sort_by_labels=True,
         overwrite=True,
     )
     card = _card(manifest, levels, structures, split_of, molecules, command)
@@ -79,8 +78,8 @@ def export(
     return manifest
 
 
-def split_molecules(structures: Sequence[Structure]) -> Callable[[Structure], str]:
-    """A split by molecule, dealt within affordable and larger molecules apart, in the order of a seeded hash."""
+def split_molecules(structures: Sequence[Structure]) -> dict[str, str]:
+    """Return the split of each molecule (group), in the order of a seeded hash, affordable and larger ones apart."""
     sizes = Counter(structure.group for structure in structures)
     affordable = {structure.group: is_affordable(structure.numbers) for structure in structures}
     split: dict[str, str] = {}
@@ -92,7 +91,7 @@ def split_molecules(structures: Sequence[Structure]) -> Callable[[Structure], st
             is_val = share < shares["test"] + shares["val"]
             split[group] = "test" if share < shares["test"] else "val" if is_val else "train"
             position += sizes[group]
-    return lambda structure: split[structure.group]
+    return split
 
 
 def _hash_of_group(group: str) -> bytes:
@@ -150,7 +149,7 @@ def _card(
     manifest: Manifest,
     levels: Mapping[str, _Level],
     structures: Sequence[Structure],
-    split_of: Callable[[Structure], str],
+    split_of: Mapping[str, str],
     molecules: Mapping[str, tuple[int, dict[str, int], str | None]],
     command: str,
 ) -> str:
@@ -208,11 +207,11 @@ Molecules that did not survive embedding or GFN2-xTB relaxation: {_code_list(unf
 
 
 def _molecule_rows(
-    structures: Iterable[Structure], split_of: Callable[[Structure], str], splits: Iterable[str]
+    structures: Iterable[Structure], split_of: Mapping[str, str], splits: Iterable[str]
 ) -> list[list[str]]:
     groups: defaultdict[str, set[str]] = defaultdict(set)
     for structure in structures:
-        groups[split_of(structure)].add(structure.group)
+        groups[split_of[structure.group]].add(structure.group)
     return [[split, _code_list(sorted(groups[split], key=lambda smiles: (len(smiles), smiles)))] for split in splits]
 
 

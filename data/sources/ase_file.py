@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rung.data.fidelity import check_name
+from rung.data.fidelity import Fidelity, check_name
+from rung.data.sources.json_stream import full_stress, tables
+from rung.data.sources.source import Part, Source, SourceInfo, existing
 from rung.data.structure import Labels, Structure, validate
+from rung.data.table import StructureTable
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -19,6 +23,48 @@ ENERGY_KEY = "REF_energy"
 FORCES_KEY = "REF_forces"
 GROUP_KEY = "group"
 CALCULATOR_KEYS = ("energy", "forces")
+
+
+@dataclass(frozen=True)
+class AseFile(Source):
+    """Frames of files that ASE reads, all at one level of theory; `read_structures` says which labels are taken."""
+
+    fidelity: str
+    method: str = ""  # "": the name of the fidelity
+    basis: str = ""
+    dispersion: str = ""
+    code: str = ""
+    energy_key: str = ENERGY_KEY
+    forces_key: str = FORCES_KEY
+    group_key: str = GROUP_KEY
+
+    info: ClassVar[SourceInfo] = SourceInfo(
+        name="ase",
+        title="extxyz, or another file that ASE reads",
+        files="*.extxyz, *.xyz, *.traj, *.db, ...",
+        layout=(
+            "frames with REF_energy, REF_forces, REF_stress, REF_dipole (or energy, forces, stress, dipole), charge, "
+            "multiplicity or spin (2S + 1) and group, in ASE's units (eV, angstrom)"
+        ),
+        url="https://gitlab.com/ase/ase",
+    )
+
+    def __post_init__(self) -> None:
+        check_name(self.fidelity)
+
+    @property
+    def fidelities(self) -> Mapping[str, Fidelity]:
+        method = self.method or self.fidelity
+        return {self.fidelity: Fidelity(self.fidelity, method, self.basis, self.dispersion, self.code)}
+
+    def parts(self, paths: Sequence[Path]) -> list[Part]:
+        """Return one part per file: a file of frames cannot be entered in the middle."""
+        return [Part(path, bytes=path.stat().st_size) for path in existing(paths, self.info)]
+
+    def read(self, part: Part) -> Iterator[StructureTable]:
+        """Yield the frames of a file; raises what `read_structures` raises."""
+        keys = {"energy_key": self.energy_key, "forces_key": self.forces_key, "group_key": self.group_key}
+        yield from tables(read_structures(part.path, fidelity=self.fidelity, **keys))
 
 
 def read_structures(
@@ -100,22 +146,13 @@ def _labels(stored: Mapping[str, Any], energy_key: str, forces_key: str) -> Labe
     return Labels(
         energy=None if energy is None else float(energy),
         forces=None if forces is None else np.asarray(forces, np.float32),
-        stress=None if stress is None else _full_stress(stress),
+        stress=None if stress is None else full_stress(stress),
         dipole=None if dipole is None else np.asarray(dipole, np.float32),
     )
 
 
 def _names(stored: Mapping[str, Any]) -> str:
     return ", ".join(sorted(stored.keys() - {"numbers", "positions"})) or "no labels at all"
-
-
-def _full_stress(stress: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    from ase.stress import voigt_6_to_full_3x3_stress
-
-    array = np.asarray(stress, np.float32)
-    if array.shape == (6,):
-        return np.asarray(voigt_6_to_full_3x3_stress(array), np.float32)
-    return array.reshape(3, 3) if array.shape == (9,) else array
 
 
 def _structure(atoms: Atoms, key: str, group_key: str, labels: dict[str, Labels]) -> Structure:

@@ -30,9 +30,8 @@ class SourceInfo:
     fidelities: tuple[Fidelity, ...] = ()  # known levels of theory; empty for a format that does not say
     structures: int | None = None  # as published; None for a format
     size: str = ""  # download size, such as "5 GB"
-    e0: Mapping[str, Mapping[int, float]] = field(
-        default_factory=dict
-    )  # fidelity -> isolated atoms in eV, if published
+    # fidelity -> isolated atoms in eV, where they are published
+    e0: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -102,5 +102,5 @@ def test_molecules_are_split_within_affordable_and_larger_ones() -> None:
     large = [s for i in range(50) for s in structures(f"large{i}", [6] * 6 + [1] * 6)]
     split = split_molecules(small + large)
     for members, shares in ((small, (0.60, 0.10, 0.30)), (large, (0.80, 0.10, 0.10))):
-        found = [sum(split(s) == part for s in members) / len(members) for part in ("train", "val", "test")]
+        found = [sum(split[s.group] == part for s in members) / len(members) for part in ("train", "val", "test")]
         np.testing.assert_allclose(found, shares, atol=0.021)

@@ -100,9 +100,44 @@ def test_two_ranks_with_two_workers_see_everything_once_per_epoch(dataset: str) 
                 for share in shares:
                     share.extend(next(loader).keys)
         for share in shares:
-            size = next(count for count in itertools.count(1) if len(set(share[:count])) < count) - 1
-            counts.update(share[:size])
+            counts.update(share[: NUM_STRUCTURES // 4])
     assert len(counts) == NUM_STRUCTURES and set(counts.values()) == {1}
+
+
+def epoch_ended(loader: BatchLoader) -> bool:
+    state = loader.state()["consumers"][0]
+    return state is not None and (state["streams"][0]["epoch"] > 0 or not state["streams"][0]["todo"])
+
+
+def test_another_world_goes_on_with_what_is_left(dataset: str) -> None:
+    """Two ranks of two workers stop in the first epoch; three ranks of one worker each read the rest of it."""
+    seen: Counter[str] = Counter()
+    states = []
+    for rank in range(2):
+        with open_loader(dataset, names=("low",), num_workers=2, rank=rank, world=2) as loader:
+            for batch in itertools.islice(loader, 3 - rank):
+                seen.update(batch.keys)
+            states.append(json.loads(json.dumps(loader.state())))
+    for rank in range(3):
+        with open_loader(dataset, names=("low",), rank=rank, world=3) as loader:
+            loader.redeal(states)
+            while not epoch_ended(loader):
+                seen.update(next(loader).keys)
+    # A consumer's last batch of the epoch runs on into the next one.
+    assert set(seen) == {f"s{index:03d}" for index in range(NUM_STRUCTURES)}
+    assert sum(count > 1 for count in seen.values()) <= 3 * 10
+    with open_loader(dataset, names=("low",), seed=1) as loader, pytest.raises(ValueError, match="seed: expected 1"):
+        loader.redeal(states)
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(dataset: str) -> None:
+    with open_loader(dataset, num_workers=2) as loader:
+        take(loader, 2)
+        (worker, *_) = multiprocessing.active_children()
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="(?s)worker.*(killed|exited unexpectedly)"):
+            take(loader, 1000)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -146,7 +181,7 @@ def test_state_of_another_set_up_is_refused(dataset: str) -> None:
         loader.load_state(state)
     with (
         open_loader(dataset, num_workers=2) as loader,
-        pytest.raises(ValueError, match="loader state: version: expected 1, found 0"),
+        pytest.raises(ValueError, match="loader state: version: expected 2, found 0"),
     ):
         loader.load_state(state | {"version": 0})
     with (

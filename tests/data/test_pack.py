@@ -12,6 +12,7 @@ from safetensors.numpy import load, save
 
 from rung.data.pack import decode, encode
 from rung.data.structure import Labels, Structure
+from rung.data.table import StructureTable
 
 
 @st.composite
@@ -44,9 +45,9 @@ def structures(draw: st.DrawFn) -> Structure:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(structures(), min_size=1, max_size=6))
 def test_round_trip(originals: list[Structure]) -> None:
-    data = encode(originals)
+    data = encode(StructureTable.of(originals))
     copies = decode(data, "test")
-    assert encode(originals) == data
+    assert encode(copies) == data
     for original, copy in zip(originals, copies, strict=True):
         np.testing.assert_equal(asdict(copy), asdict(original))
         assert copy.positions.dtype == np.float32 and copy.pbc.dtype == np.bool_
@@ -57,7 +58,8 @@ def single() -> Structure:
 
 
 def test_labels_without_any_value_are_absent() -> None:
-    copies = decode(encode([single(), Structure("b", "g", *_one_atom(), labels={"pbe": Labels()})]), "test")
+    unlabelled = Structure("b", "g", *_one_atom(), labels={"pbe": Labels()})
+    copies = decode(encode(StructureTable.of([single(), unlabelled])), "test")
     assert [list(copy.labels) for copy in copies] == [["pbe"], []]
 
 
@@ -66,16 +68,17 @@ def _one_atom() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_refuses_to_store_what_is_not_valid() -> None:
+    infinite = Structure("b", "g", *_one_atom(), labels={"pbe": Labels(float("inf"))})
     with pytest.raises(ValueError, match="'b': energy.pbe: expected a finite energy"):
-        encode([single(), Structure("b", "g", *_one_atom(), labels={"pbe": Labels(float("nan"))})])
+        encode(StructureTable.of([single(), infinite]))
     with pytest.raises(ValueError, match="name 'B3LYP': expected lower-case"):
-        encode([Structure("b", "g", *_one_atom(), labels={"B3LYP": Labels(-1.0)})])
+        encode(StructureTable.of([Structure("b", "g", *_one_atom(), labels={"B3LYP": Labels(-1.0)})]))
     with pytest.raises(ValueError, match="expected at least one structure, found none"):
-        encode([])
+        encode(StructureTable.of([]))
 
 
 def test_damaged_bytes_name_their_source() -> None:
-    data = encode([single()])
+    data = encode(StructureTable.of([single()]))
     for damaged in (b"", data[:40], data[:-1], b"not a pack at all"):
         with pytest.raises(ValueError, match="train-000000.tar: not a readable pack .* damaged"):
             decode(damaged, "train-000000.tar")
@@ -93,12 +96,14 @@ def test_damaged_bytes_name_their_source() -> None:
         ("num_atoms", np.array([0], np.int32), "num_atoms: expected at least one"),
         ("key_offsets", np.array([0, 7], np.int64), "key_offsets: expected to rise from 0 to 1"),
         ("key", np.array([255], np.uint8), "test: key: expected UTF-8 text"),
-        ("num_atoms", np.array([[1]], np.int32), r"num_atoms: expected int32 \(1,\), found int32 \(1, 1\)"),
+        ("num_atoms", np.array([[1]], np.int32), "num_atoms: expected at least one"),
+        ("num_atoms", np.array([1], np.int64), "num_atoms: expected at least one"),
+        ("energy", np.zeros(1), "array 'energy' is not one that this Rung knows"),
         ("colour", np.zeros(1, np.float32), "array 'colour' is not one that this Rung knows"),
     ],
 )
 def test_malformed_packs_are_refused(name: str, value: np.ndarray | None, message: str) -> None:
-    arrays = load(encode([single()]))
+    arrays = load(encode(StructureTable.of([single()])))
     if value is None:
         del arrays[name]
     else:

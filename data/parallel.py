@@ -1,0 +1,66 @@
+"""Work on one process, on several, or on the ranks of `mpirun`: the same function over the same items, in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # set by Open MPI, MPICH and Intel MPI, Hydra
+
+
+class Map(Protocol):
+    """Calls a function (importable, so that it can be sent) on every item and yields the results in their order."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]: ...
+
+
+def under_mpi() -> bool:
+    """Return whether `mpirun` started this process as one of several."""
+    return any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES)
+
+
+@contextmanager
+def workers(processes: int = 1) -> Iterator[Map | None]:
+    """Give the map of this many processes; under `mpirun` that of its ranks, of which rank 0 only hands out the work.
+
+    Gives None on the other ranks of `mpirun`: when they get it, all work is done. Raises ValueError for fewer than one
+    process and for both at once, and ChildProcessError when a worker process is killed.
+    """
+    if processes < 1:
+        raise ValueError(f"processes: expected a whole number >= 1, found {processes}")
+    if under_mpi():
+        if processes > 1:
+            raise ValueError(f"processes: under mpirun its ranks do the work; leave out -j {processes}")
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+
+        with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+            yield None if executor is None else _map_of(executor)
+    elif processes == 1:
+        yield map
+    else:
+        # A fresh interpreter for each: forked children would share open HDF5 files and the locks of other threads.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context) as executor:
+            yield _map_of(executor)
+
+
+def _map_of(executor: Executor | Any) -> Map:
+    def run(function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
+        try:
+            yield from executor.map(function, items)
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a worker process was killed; out of memory? Use fewer processes") from error
+        except BaseException:  # also Ctrl-C, and a caller that stops: what is queued would run to its end otherwise
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+    return run

@@ -1,0 +1,34 @@
+"""Structures that are in memory already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from rung.data.fidelity import Fidelity
+from rung.data.sources.source import PART_STRUCTURES, Part, Source, SourceInfo, cut
+from rung.data.table import StructureTable
+
+
+@dataclass(frozen=True, repr=False)
+class InMemory(Source):
+    """A table as a source."""
+
+    info: ClassVar[SourceInfo] = SourceInfo("memory", "structures in memory", "none", "StructureTable")
+
+    table: StructureTable
+    levels: dict[str, Fidelity]
+
+    @property
+    def fidelities(self) -> Mapping[str, Fidelity]:
+        return self.levels
+
+    def parts(self, paths: Sequence[Path]) -> list[Part]:
+        """See `Source`; there are no files."""
+        return cut(Path("memory"), len(self.table), PART_STRUCTURES)
+
+    def read(self, part: Part) -> Iterator[StructureTable]:
+        """See `Source`."""
+        yield self.table.part(part.start, part.stop)
