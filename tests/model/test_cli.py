@@ -83,7 +83,7 @@ def test_a_dataset_is_evaluated_at_every_fidelity_of_the_checkpoint(
         tmp_path / "set",
         name="tiny",
         fidelities=FIDELITIES,
-        split=lambda structure: "test" if structure.key == "CH4" else "train",
+        split=lambda group: "test" if group == "CH4" else "train",
     )
     run(save(tmp_path / "model", potential), tmp_path / "set", "--split", "test", "--device", "cpu")
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -50,7 +50,7 @@ def dataset(structures: list[Structure], tmp_path_factory: pytest.TempPathFactor
         folder,
         name="emt",
         fidelities={name: Fidelity(name, "emt") for name in FIDELITIES},
-        split=lambda structure: "val" if structure.key.endswith(("_0", "_1")) else "train",
+        split=lambda group: "val" if group.endswith(("_0", "_1")) else "train",
         pack_atoms=64,
     )
     return folder
