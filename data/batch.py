@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rung.data.fidelity import unknown_fidelity
-from rung.data.graph import Graph, table_graph
+from rung.data.graph import Graph, edgeless, table_graph
 from rung.data.structure import Structure
 from rung.data.table import StructureTable
 
@@ -169,9 +169,12 @@ class Budget:
 
 
 class Batcher:
-    """Cuts samples into batches filled, in order, to both numbers of a budget."""
+    """Cuts samples into batches filled, in order, to both numbers of a budget.
 
-    def __init__(self, fidelity_index: Mapping[str, int], cutoff: float, budget: Budget) -> None:
+    `cutoff` is in angstrom; None leaves the batches without edges, for a model that has a neighbour list of its own.
+    """
+
+    def __init__(self, fidelity_index: Mapping[str, int], cutoff: float | None, budget: Budget) -> None:
         self._fidelity_index = fidelity_index
         self._cutoff = cutoff
         self._budget = budget
@@ -186,7 +189,7 @@ class Batcher:
         Raises ValueError naming a structure that is larger than the budget on its own.
         """
         for start, piece in _pieces(samples):
-            graph = table_graph(piece.table, self._cutoff)
+            graph = edgeless(piece.table) if self._cutoff is None else table_graph(piece.table, self._cutoff)
             atoms = piece.table.offsets
             edges = graph.row_ptr[atoms]
             self._check_sizes(piece.table, np.diff(atoms), np.diff(edges))
@@ -220,7 +223,7 @@ class Batcher:
         for index in too_large.tolist():
             raise ValueError(
                 f"structure '{table.keys[index]}': {atoms[index]} atoms and {edges[index]} edges within "
-                f"{self._cutoff:g} angstrom exceed the budget of {self._budget.max_atoms} atoms and "
+                f"{self._cutoff} angstrom exceed the budget of {self._budget.max_atoms} atoms and "
                 f"{self._budget.max_edges} edges per batch; raise max_atoms and max_edges, or remove the structure"
             )
 

@@ -33,11 +33,11 @@ from rung.data.reference_energy import EXTREME_DEVIATION, SUSPICIOUS_Z, Composit
 from rung.data.shard import EDGE_CUTOFF, PACK_ATOMS, SHARD_BYTES, ShardInfo, file_sha256, write_beside, write_shard
 from rung.data.sources.memory import InMemory
 from rung.data.sources.source import Part, Source
-from rung.data.spill import find_rows, key_hashes, order_by_key, read_spill, write_spill
+from rung.data.spill import find_rows, order_by_key, read_spill, write_spill
 from rung.data.split import SPLITS, SplitFractions
 from rung.data.statistics import SAMPLE, EnergySample, LabelSums, Reference, deviations
 from rung.data.structure import Structure, validate
-from rung.data.table import Array, StructureTable, faults
+from rung.data.table import Array, Strings, StructureTable, faults
 
 WORK_FOLDER = ".building"
 _JOB_FILE = "job.json"
@@ -224,7 +224,7 @@ def _write_samples(job: _Job, path: Path, sizes: Sequence[int]) -> None:
         start, stop = find_rows(path, number, [0, _HASHES]).tolist()
         if start == stop:
             continue
-        table = read_spill(path, start, stop)
+        table, _ = read_spill(path, start, stop)
         for fidelity in table.fidelities:
             if (sample := EnergySample.of(table, fidelity, limit)) is not None:
                 place = f"{split}.{fidelity}"
@@ -307,17 +307,19 @@ def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJo
         for place in (path, job.folder / shard.file):  # a build that was stopped while it moved them
             if place.is_file() and file_sha256(place) == known.info.sha256:
                 return known
-    table = StructureTable.concatenate([read_spill(job.spill(part), start, stop) for part, start, stop in shard.rows])
-    table = table.take(order_by_key(table, key_hashes(table)))
-    _check_keys(table)
-    table = table.take(_order_by_labels(table))
+    tables, hashes = zip(*(read_spill(job.spill(part), start, stop) for part, start, stop in shard.rows), strict=True)
+    table = StructureTable.concatenate(tables)
+    order = order_by_key(table, np.concatenate(hashes))
+    _check_keys(table.keys.take(order))
+    table = table.take(order[np.argsort(_rank_of_labels(table)[order], kind="stable")])
     info = write_shard(table, path, shard.split, pack_atoms=job.config.pack_atoms)
-    elements, counts = np.unique(table.numbers, return_counts=True)
+    compositions = Compositions.of(table.numbers, table.num_atoms)
+    atoms = compositions.counts.sum(0).astype(np.int64)
     record = ShardRecord(
         info,
-        dict(zip(elements.tolist(), counts.tolist(), strict=True)),
-        {name: LabelSums.of(table, name, _e0(references, name)) for name in table.fidelities},
-        **_outliers(table, references, job.config.max_energy_deviation),
+        dict(zip(compositions.elements.tolist(), atoms.tolist(), strict=True)),
+        {name: LabelSums.of(table, compositions, name, _e0(references, name)) for name in table.fidelities},
+        **_outliers(table, compositions, references, job.config.max_energy_deviation),
     )
     _write_record(record, path)
     return record
@@ -327,8 +329,8 @@ def _e0(references: Mapping[str, Reference], fidelity: str) -> dict[int, float]:
     return references[fidelity].e0 if fidelity in references else {}
 
 
-def _check_keys(table: StructureTable) -> None:
-    keys = table.keys.tolist()
+def _check_keys(in_order: Strings) -> None:
+    keys = in_order.tolist()
     for previous, key in zip(keys, keys[1:], strict=False):  # sorted: equal keys are neighbours
         if previous == key:
             raise ValueError(
@@ -337,23 +339,25 @@ def _check_keys(table: StructureTable) -> None:
             )
 
 
-def _order_by_labels(table: StructureTable) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the order that puts structures of the same fidelities side by side, those with the most first."""
+def _rank_of_labels(table: StructureTable) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the rank of each structure's set of fidelities: the larger sets first, equal ones side by side."""
     names = table.fidelities
     carries = np.array([table.carries(name) for name in names]).reshape(len(names), len(table)).T
     kinds, kind = np.unique(carries, axis=0, return_inverse=True)
     signatures = [[name for name, carried in zip(names, row, strict=True) if carried] for row in kinds.tolist()]
     ranked = sorted(range(len(kinds)), key=lambda index: (-len(signatures[index]), signatures[index]))
     rank = np.argsort(ranked)
-    return np.argsort(rank[kind.reshape(-1)], kind="stable")
+    return np.asarray(rank[kind.reshape(-1)], np.int64)
 
 
-def _outliers(table: StructureTable, references: Mapping[str, Reference], limit: float) -> dict[str, Any]:
+def _outliers(
+    table: StructureTable, compositions: Compositions, references: Mapping[str, Reference], limit: float
+) -> dict[str, Any]:
     counts: dict[str, dict[str, Any]] = {"outliers": {}, "named": {}, "extreme": {}}
     for name in table.fidelities:
         robust = references[name].robust if name in references else None
         if robust is not None:
-            rows, found = deviations(table, name, robust)
+            rows, found = deviations(table, compositions, name, robust)
             far = np.abs(found) > SUSPICIOUS_Z * robust.spread
             worst = np.argsort(-np.abs(np.where(far, found, 0.0)), kind="stable")[: min(_NAMED, int(far.sum()))]
             counts["outliers"][name] = int(far.sum())

@@ -79,6 +79,12 @@ def table_graph(table: StructureTable, cutoff: float) -> Graph:
     return Graph(receivers, senders, row_ptr, reverse, shifts)
 
 
+def edgeless(table: StructureTable) -> Graph:
+    """Return the graph of a table's atoms without any edge."""
+    none = np.zeros(0, np.int32)
+    return Graph(none, none, np.zeros(len(table.numbers) + 1, np.int32), none, np.zeros((0, 3), np.float32))
+
+
 def edge_counts(table: StructureTable, cutoff: float) -> NDArray[np.int64]:
     """Return the number of edges of each structure; raises ValueError as `table_graph` does."""
     counts = np.zeros(len(table), np.int64)

@@ -50,7 +50,7 @@ def write_shard(table: StructureTable, path: Path, split: str, *, pack_atoms: in
     """Write the structures of `table`, in order, as one shard and return what a manifest says of it.
 
     A pack closes before it exceeds `pack_atoms`; a larger structure is a pack of its own. The same structures give the
-    same bytes. Raises ValueError for a structure that `rung.data.structure.validate` refuses.
+    same bytes. Raises ValueError for atoms at one place; see `rung.data.table.faults` for what else must be right.
     """
     packs = list(cut_packs(table, pack_atoms))
     contents = []

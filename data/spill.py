@@ -65,11 +65,12 @@ def find_rows(path: Path, split: int, bounds: Sequence[int]) -> NDArray[np.int64
     return np.append(rows, stop)  # the last bound, 2^64, is no uint64
 
 
-def read_spill(path: Path, start: int, stop: int) -> StructureTable:
-    """Return structures start..stop of a spill, reading no others."""
+def read_spill(path: Path, start: int, stop: int) -> tuple[StructureTable, Hashes]:
+    """Return structures start..stop of a spill and the hashes of their keys, reading no others."""
     with safe_open(path, "numpy") as file:
         atoms = slice(*file.get_slice("atom_offsets")[start : stop + 1][[0, -1]].tolist())
         some = slice(start, stop)
+        hashes = file.get_slice("hash")[some]
         arrays = {}
         for name in sorted(set(file.keys()) - {"hash", "atom_offsets", "split_offsets", "key", "group"}):
             if name in ("key_offsets", "group_offsets"):
@@ -81,4 +82,4 @@ def read_spill(path: Path, start: int, stop: int) -> StructureTable:
                 kind = LABEL_KINDS.get(name.partition(".")[0])
                 per_atom = name in ("numbers", "positions") or (kind is not None and kind.per_atom)
                 arrays[name] = file.get_slice(name)[atoms if per_atom else some]
-    return table_of(arrays, str(path))
+    return table_of(arrays, str(path)), hashes

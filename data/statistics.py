@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +33,10 @@ class EnergySample:
         rows = np.flatnonzero(table.has("energy", fidelity))
         if not len(rows):
             return None
-        some = table.take(rows)
-        compositions = Compositions.of(some.numbers, some.num_atoms)
+        compositions = Compositions.of(table.numbers, table.num_atoms).rows(rows)
         firsts = [np.flatnonzero(column)[:PER_ELEMENT] for column in compositions.counts.T]
         kept = np.unique(np.concatenate([np.arange(min(limit, len(rows))), *firsts]))
-        chosen = Compositions(compositions.elements, compositions.counts[kept])
-        return EnergySample(chosen, some.labels[f"energy.{fidelity}"][kept])
+        return EnergySample(compositions.rows(kept), table.labels[f"energy.{fidelity}"][rows[kept]])
 
     @staticmethod
     def concatenate(samples: Sequence[EnergySample]) -> EnergySample:
@@ -83,11 +81,12 @@ class LabelSums:
     force_max: float = 0.0  # eV/angstrom, largest component
 
     @staticmethod
-    def of(table: StructureTable, fidelity: str, e0: dict[int, float]) -> LabelSums:
-        """Return the sums of a table."""
-        residual = _residuals(table, fidelity, e0)
-        forces = table.labels.get(f"forces.{fidelity}", np.zeros((0, 3)))
-        forces = forces[~np.isnan(forces)].astype(np.float64)
+    def of(table: StructureTable, compositions: Compositions, fidelity: str, e0: Mapping[int, float]) -> LabelSums:
+        """Return the sums of a table, whose compositions are given because every fidelity needs them."""
+        residual = (table.label(f"energy.{fidelity}") - compositions.sums(e0)) / table.num_atoms
+        residual = residual[~np.isnan(residual)]  # no energy, or an element that only another split has
+        forces = table.labels.get(f"forces.{fidelity}", np.zeros((0, 3))).astype(np.float64).ravel()
+        forces = forces[~np.isnan(forces)]
         return LabelSums(
             num_energies=int(table.has("energy", fidelity).sum()),
             num_forces=int(table.has("forces", fidelity).sum()),
@@ -95,7 +94,7 @@ class LabelSums:
             residual=float(residual.sum()),
             residual_squared=float((residual**2).sum()),
             num_components=forces.size,
-            force_squared=float((forces**2).sum()),
+            force_squared=float(forces @ forces),
             force_max=float(np.abs(forces).max(initial=0.0)),
         )
 
@@ -120,17 +119,9 @@ class LabelSums:
         return {"force_rms": round(rms, _DIGITS), "force_max": self.force_max}
 
 
-def deviations(table: StructureTable, fidelity: str, robust: RobustReference) -> tuple[NDArray[np.int64], Floats]:
+def deviations(
+    table: StructureTable, compositions: Compositions, fidelity: str, robust: RobustReference
+) -> tuple[NDArray[np.int64], Floats]:
     """Return the structures with an energy, and how far each is from what composition explains, in eV/atom."""
     rows = np.flatnonzero(table.has("energy", fidelity))
-    some = table.take(rows)
-    found = robust.deviations(Compositions.of(some.numbers, some.num_atoms), some.label(f"energy.{fidelity}"))
-    return rows, found
-
-
-def _residuals(table: StructureTable, fidelity: str, e0: dict[int, float]) -> Floats:
-    rows = np.flatnonzero(table.has("energy", fidelity))
-    some = table.take(rows)
-    reference = Compositions.of(some.numbers, some.num_atoms).sums(e0)
-    residual = (some.label(f"energy.{fidelity}") - reference) / some.num_atoms
-    return np.asarray(residual[~np.isnan(residual)])  # an element that only another split has
+    return rows, robust.deviations(compositions.rows(rows), table.label(f"energy.{fidelity}")[rows])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +113,8 @@ class StructureTable:
         does not fit `num_atoms`, and for a whole number that its dtype cannot hold.
         """
         counts = _whole("num_atoms", num_atoms, np.int32).reshape(-1)
+        if counts.size and counts.min() < 0:
+            raise ValueError(f"num_atoms: expected no negative number, found {counts.min()}")
         M, N = len(counts), int(counts.sum(dtype=np.int64))
         keys, groups = (value if isinstance(value, Strings) else Strings.of(value) for value in (keys, groups))
         for name, strings in (("keys", keys), ("groups", groups)):
@@ -176,7 +179,7 @@ class StructureTable:
     def __len__(self) -> int:
         return len(self.num_atoms)
 
-    @property
+    @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """First atom of each structure, and N; [M + 1]."""
         return offsets_of(self.num_atoms)
@@ -196,7 +199,10 @@ class StructureTable:
         array = self.labels.get(f"{kind}.{fidelity}")
         if array is None:
             return np.zeros(len(self), np.bool_)
-        known = ~_every(np.isnan(array))
+        missing = np.isnan(array)
+        if not missing.any():  # a pass over a flat array costs a tenth of one over its short rows
+            return np.ones(len(self), np.bool_)
+        known = ~_every(missing)
         return self.any_atom(known) if LABEL_KINDS[kind].per_atom else known
 
     def carries(self, fidelity: str) -> Mask:
@@ -298,9 +304,15 @@ def faults(table: StructureTable) -> dict[int, str]:
     if not len(table):
         return {}
     if int(table.num_atoms.min()) < 1:
-        return {int(m): _reason(table, int(m)) for m in np.flatnonzero(table.num_atoms < 1)}
-    bad = table.any_atom((table.numbers < 1) | (table.numbers > MAX_ATOMIC_NUMBER))
-    bad |= table.any_atom(_any(~np.isfinite(table.positions)))
+        empty, full = np.flatnonzero(table.num_atoms < 1), np.flatnonzero(table.num_atoms > 0)
+        found = {int(full[m]): reason for m, reason in faults(table.take(full)).items()}
+        return dict(sorted((found | {int(m): _reason(table, int(m)) for m in empty}).items()))
+    # Whole arrays first: a look at each row costs ten times as much and is needed only where something is wrong.
+    bad = np.zeros(len(table), np.bool_)
+    if table.numbers.min() < 1 or table.numbers.max() > MAX_ATOMIC_NUMBER:
+        bad |= table.any_atom((table.numbers < 1) | (table.numbers > MAX_ATOMIC_NUMBER))
+    if not np.isfinite(table.positions).all():
+        bad |= table.any_atom(_any(~np.isfinite(table.positions)))
     bad |= _any(~np.isfinite(table.cell))
     periodic = table.pbc.any(axis=1)
     if periodic.any():
@@ -308,13 +320,23 @@ def faults(table: StructureTable) -> dict[int, str]:
             bad[periodic] |= np.abs(np.linalg.det(table.cell[periodic].astype(np.float64))) < 1e-6
     bad |= table.multiplicity < 1
     for name, array in table.labels.items():
-        infinite, some = _any(np.isinf(array)), _any(~np.isfinite(array))
-        if _kind(name).per_atom:
-            some, infinite = table.any_atom(some), table.any_atom(infinite)
-            with np.errstate(invalid="ignore"):
-                bad |= table.any_atom(_any(np.abs(array) > MAX_FORCE))
-        bad |= infinite | (some & table.has(*name.split(".", 1)))
+        bad |= _label_faults(table, name, array)
     return {int(m): reason for m in np.flatnonzero(bad) if (reason := _reason(table, int(m)))}
+
+
+def _label_faults(table: StructureTable, name: str, array: Array) -> Mask:
+    """Return the structures of which a label is there in part, infinite, or too large to be a force."""
+    per_atom = _kind(name).per_atom
+
+    def of_structures(rows: Mask) -> Mask:
+        return table.any_atom(_any(rows)) if per_atom else _any(rows)
+
+    bad = np.zeros(len(table), np.bool_)
+    if not np.isfinite(array).all():
+        bad |= of_structures(np.isinf(array)) | (of_structures(~np.isfinite(array)) & table.has(*name.split(".", 1)))
+    if per_atom and array.size and max(np.fmax.reduce(array, axis=None), -np.fmin.reduce(array, axis=None)) > MAX_FORCE:
+        bad |= of_structures(np.abs(array) > MAX_FORCE)
+    return bad
 
 
 def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
