@@ -4,24 +4,42 @@ In: structures with energies, forces, stress and dipoles at any number of fideli
 Out: datasets (shards of packs and a manifest `dataset.yaml`), resumable streams, batches with their neighbour graph.
 Units are eV and angstrom throughout. Nothing here imports another package of ours.
 
-    structure.py         Structure and Labels: the record that everything reads and writes; `validate`
+What travels
+    structure.py         Structure and Labels: one structure; `validate`
+    table.py             StructureTable: many structures as flat arrays, the form of everything below
     fidelity.py          Fidelity: one level of theory and its name
-    pack.py              Pack: many structures as flat arrays in safetensors bytes
-    shard.py             tar files of packs, deterministic and written beside
-    manifest.py          Manifest: `dataset.yaml`; `resolve_dataset` (a folder, or `builtin`)
-    split.py             groups (molecules) to train, val, test by hash
+    units.py             factors to eV and angstrom
+
+From files to a dataset
+    sources/             readers of public datasets and formats: one file each; the registry that names them
+    build.py             a source's parts -> validate -> split -> shards and manifest; parallel, resumable
+    parallel.py          the same map on one process, on several, or on the ranks of mpirun
+    spill.py             what the first pass of a build leaves for the second
+    statistics.py        samples and sums behind what a manifest states of labels
     reference_energy.py  E0 fits on composition; energies that do not fit
-    build.py             structures -> split -> shards and manifest
-    verify.py            a dataset held to its digests and counts
-    report.py            what `rung data inspect` prints
-    read.py              structures of a dataset or of a file
-    sources/             readers of other formats: one file per format
+    split.py             groups (molecules) to train, val, test by hash
     generate/            label engine: molecules, sampling, quantum chemistry (needs `rung[generate]`)
     builtin/             the built-in dataset
-    graph.py             neighbour graph of one structure (CSR, reverse edges)
-    batch.py             Batch: structures concatenated for one step, with their graph; `collate`, budgets
-    stream.py            endless, resumable stream of the structures of one task on one rank
+
+On disk
+    pack.py              a table in safetensors bytes
+    tar.py               a strict reader of tars: what a stranger's shard may be
+    shard.py             tar files of packs, deterministic and written beside
+    manifest.py          Manifest: `dataset.yaml`; `resolve_dataset` (a folder, or `builtin`)
+    fetch.py             shards over http(s) or from a command
+    cache.py             where fetched shards are kept on this machine, within a bound
+    read.py              all structures of a dataset or of a file
+    verify.py            a dataset held to its digests and counts
+    report/              what `rung data inspect` finds: labels, outliers, leakage, signs and units
+
+Into training
+    dealing.py           which positions of an epoch each consumer reads: arithmetic, also when the world changes
+    stream.py            endless, resumable stream of the structures of one task on one consumer
     mixing.py            tasks and their weights; one stream out of many
+    graph.py             neighbour graphs (CSR, reverse edges)
+    batch.py             Batch: structures concatenated for one step, with their graph; `collate`, budgets
     loader.py            endless batches out of streams, in worker processes
-    cli.py               `rung data build | inspect | verify | generate`
+
+    bench.py             `python -m rung.data.bench`: throughput as JSON lines
+    cli.py               `rung data build | sources | inspect | verify | generate`
 """

@@ -9,3 +9,5 @@ try:
     sys.exit(cli.run(parser.parse_args()))
 except (ValueError, OSError) as error:
     parser.exit(2, f"{parser.prog}: error: {error}\n")
+except KeyboardInterrupt:
+    parser.exit(130, f"{parser.prog}: interrupted\n")

@@ -1,11 +1,13 @@
 """Throughput of the data pipeline as JSON lines, on one process, with molecules of 20 atoms.
 
-    python -m rung.data.bench [--structures 100000] [--sources ani1x rmd17 ase] [--out FILE]
+    python -m rung.data.bench [--structures 100000] [--sources ani1x rmd17 ase] [--corpus] [--out FILE]
 
 build_structures_per_s   reading, validation, splitting, sorting, packing, edge counts, hashing and writing of a source
 stream_structures_per_s  from the shards built, through mixing, into batches without graphs
 graph_structures_per_s   the same batches with their neighbour graphs within 5 angstrom
 loader_structures_per_s  the same through one worker process of the loader
+corpus_startup_s         with --corpus: what it costs a rank to open the manifests of 500 million structures in 20
+                         datasets, their size, and how evenly they are dealt to 4,096 ranks of 8 workers
 
 Rates are per second of processor time of the process (its threads included), `wall_structures_per_s` per second of the
 clock; of the loader only the clock's. The files are synthetic and lie in a temporary folder, warm in the page cache.
@@ -29,13 +31,21 @@ import numpy as np
 
 from rung.data.batch import Batch, Batcher, Budget
 from rung.data.build import BuildConfig, build
+from rung.data.dealing import Dealing
+from rung.data.fidelity import Fidelity
 from rung.data.loader import BatchLoader
+from rung.data.manifest import MANIFEST_FILE, FidelityEntry, Manifest, read_manifest, write_manifest
 from rung.data.mixing import MixedStream, Task, open_tasks
+from rung.data.shard import ShardInfo
 from rung.data.sources.registry import open_source
 
 ATOMS = 20
 CUTOFF = 5.0  # angstrom
 BUDGET = Budget(max_atoms=2048, max_edges=65536)
+CORPUS_STRUCTURES, CORPUS_DATASETS = 500_000_000, 20
+CORPUS_RANKS, CORPUS_WORKERS = 4096, 8
+PACK_STRUCTURES = 800
+_SHARD_STRUCTURES = 200 * PACK_STRUCTURES
 _CONFORMERS = 1000  # of each molecule in the HDF5 file
 _BOX = (9.0, 6.0, 5.0)  # angstrom; about 240 edges a molecule
 _ELEMENTS = np.array([6] * 7 + [1] * 9 + [8] * 2 + [7] * 2, np.uint8)
@@ -131,6 +141,55 @@ def measure(source: str, structures: int, folder: Path) -> Iterator[Line]:
     yield place | {"name": "loader_structures_per_s", "wall_structures_per_s": round(taken / spent["wall"])}
 
 
+def corpus_sizes() -> list[int]:
+    """Return the structures of the datasets of a large corpus: geometric, the largest a hundred times the smallest."""
+    shares = np.geomspace(100, 1, CORPUS_DATASETS)
+    counts = (CORPUS_STRUCTURES * shares / shares.sum()).astype(int)
+    counts[0] += CORPUS_STRUCTURES - counts.sum()
+    return [int(count) for count in counts]
+
+
+def corpus_manifest(name: str, structures: int) -> Manifest:
+    """Return the manifest of a dataset of this many labelled structures, in shards of about 100 MB."""
+    shards: list[ShardInfo] = []
+    for start in range(0, structures, _SHARD_STRUCTURES):
+        size = min(_SHARD_STRUCTURES, structures - start)
+        counts = [min(PACK_STRUCTURES, size - first) for first in range(0, size, PACK_STRUCTURES)]
+        file, digest = f"train-{len(shards):06d}.tar", f"{len(shards):064x}"
+        sizes = (600 * size, len(counts), size, ATOMS * size, 240 * size)  # bytes, packs, structures, atoms, edges
+        shards.append(ShardInfo(file, digest, *sizes, "train", {"pbe": counts}))
+    count = {"train": structures}
+    entry = FidelityEntry(Fidelity("pbe", "PBE"), count, count, "train")
+    nowhere = ("", "", "", "", "")  # source, doi, licence, citation, description
+    return Manifest(name, "1", *nowhere, CUTOFF, {"pbe": entry}, {6: ATOMS * structures}, ("train",), shards)
+
+
+def measure_corpus(folder: Path) -> Line:
+    """Return the line of the large corpus."""
+    names = [f"set{index}" for index in range(CORPUS_DATASETS)]
+    for name, size in zip(names, corpus_sizes(), strict=True):
+        (folder / name).mkdir()
+        write_manifest(corpus_manifest(name, size), folder / name)
+    with _timed() as spent:
+        totals = [sum(sum(s.labels["pbe"]) for s in read_manifest(folder / name).shards) for name in names]
+    world = CORPUS_RANKS * CORPUS_WORKERS
+    with _timed() as dealt:
+        loads = [
+            sum(share.stop - share.start for total in totals for share in Dealing(total, 1, rank, world).start().todo)
+            for rank in range(0, world, 8)
+        ]
+    return {
+        "name": "corpus_startup_s",
+        "structures": sum(totals),
+        "datasets": len(totals),
+        "consumers": world,
+        "seconds": round(spent["wall"], 2),
+        "manifest_megabytes": round(sum((folder / name / MANIFEST_FILE).stat().st_size for name in names) / 1e6, 2),
+        "imbalance": (max(loads) - min(loads)) / (sum(loads) / len(loads)),
+        "deal_microseconds": round(1e6 * dealt["wall"] / len(loads), 1),
+    }
+
+
 def machine() -> Line:
     """Return what the rates were measured on."""
     commit = subprocess.run(
@@ -186,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--structures", type=int, default=100_000, help="of each source (text: a fiftieth)")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--corpus", action="store_true", help="open and deal the manifests of a large corpus, too")
     parser.add_argument("--out", type=Path, help="file for the lines")
     arguments = parser.parse_args()
     lines = [machine()]
@@ -195,6 +255,9 @@ def main() -> None:
             for line in measure(source, arguments.structures, Path(folder)):
                 lines.append(line)
                 print(json.dumps(line), flush=True)
+        if arguments.corpus:
+            lines.append(measure_corpus(Path(folder)))
+            print(json.dumps(lines[-1]), flush=True)
     if arguments.out is not None:
         arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
@@ -30,9 +32,18 @@ from rung.data.fidelity import Fidelity, check_name, unknown_fidelity
 from rung.data.manifest import MANIFEST_FILE, FidelityEntry, Manifest, read_manifest, write_manifest
 from rung.data.parallel import Map
 from rung.data.reference_energy import EXTREME_DEVIATION, SUSPICIOUS_Z, Compositions
-from rung.data.shard import EDGE_CUTOFF, PACK_ATOMS, SHARD_BYTES, ShardInfo, file_sha256, write_beside, write_shard
+from rung.data.shard import (
+    EDGE_CUTOFF,
+    PACK_ATOMS,
+    SHARD_BYTES,
+    ShardInfo,
+    cut_packs,
+    file_sha256,
+    write_beside,
+    write_shard,
+)
 from rung.data.sources.memory import InMemory
-from rung.data.sources.source import Part, Source
+from rung.data.sources.source import PART_ATOMS, PART_STRUCTURES, Part, Source
 from rung.data.spill import find_rows, order_by_key, read_spill, write_spill
 from rung.data.split import SPLITS, SplitFractions
 from rung.data.statistics import SAMPLE, EnergySample, LabelSums, Reference, deviations
@@ -41,6 +52,7 @@ from rung.data.table import Array, Strings, StructureTable, faults
 
 WORK_FOLDER = ".building"
 _JOB_FILE = "job.json"
+_LOCK_FILE = "lock"
 _HASHES = 1 << 64
 _MAX_BINDING = 30.0  # eV/atom; no compound is bound so strongly (diamond: 7.4): the E0s are of another method or unit
 _NAMED = 20  # structures that a record names
@@ -71,12 +83,21 @@ class BuildConfig:
 
 
 @dataclass(frozen=True)
+class SpillRecord:
+    """What the first pass says of one spill."""
+
+    file: str  # in the work folder; what the E0 fits need of it lies beside it
+    sha256: str
+    sample_sha256: str
+    structures: int
+    bytes: list[int]  # of each split
+
+
+@dataclass(frozen=True)
 class PartRecord:
     """What the first pass says of one part."""
 
-    sha256: str  # of its spill
-    structures: int
-    bytes: list[int]  # of each split
+    spills: list[SpillRecord]  # one, unless the source could not cut a large file into parts
     rejected: dict[str, int]  # what was wrong -> structures
     named: list[str]  # some of those
 
@@ -89,7 +110,7 @@ class ShardRecord:
     elements: dict[int, int]  # atomic number -> atoms
     sums: dict[str, LabelSums]  # by fidelity
     outliers: dict[str, int]  # fidelity -> structures that composition does not explain
-    named: dict[str, list[str]]  # fidelity -> some of those
+    named: dict[str, list[tuple[float, str]]]  # fidelity -> the worst of those: eV/atom and key
     extreme: dict[str, int]  # fidelity -> those beyond what is accepted
 
 
@@ -106,8 +127,8 @@ class _Job:
     def work(self) -> Path:
         return self.folder / WORK_FOLDER
 
-    def spill(self, part: int) -> Path:
-        return self.work / f"part-{part:06d}.safetensors"
+    def record_of(self, part: int) -> Path:
+        return self.work / f"part-{part:06d}.json"
 
 
 @dataclass(frozen=True)
@@ -116,7 +137,7 @@ class _ShardJob:
 
     file: str
     split: str
-    rows: tuple[tuple[int, int, int], ...]  # (part, start, stop)
+    rows: tuple[tuple[str, int, int], ...]  # (file of the spill, start, stop)
 
 
 def build(source: Source, paths: Sequence[Path], folder: Path, config: BuildConfig, run: Map = map) -> Manifest:
@@ -158,6 +179,8 @@ def build_dataset(
     source = InMemory(StructureTable.of(structures), dict(fidelities))
     try:
         return build(source, [], folder, BuildConfig(**options))
+    except FileExistsError:  # what is there is another's
+        raise
     except BaseException:  # there is nothing to go on from
         shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
         raise
@@ -176,31 +199,63 @@ def _read_parts(job: _Job, run: Map) -> list[PartRecord]:
         if rejected > job.config.max_bad:
             named = "; ".join(name for found in records for name in found.named)
             raise ValueError(f"{named}. Found {rejected} such structure(s), max_bad is {job.config.max_bad}")
-    if not sum(record.structures for record in records):
+    if not sum(spill.structures for record in records for spill in record.spills):
         raise ValueError("build: expected at least one structure, found none")
     return records
 
 
 def _read_part(job: _Job, index: int) -> PartRecord:
-    path = job.spill(index)
-    if (known := _record(PartRecord, path)) and path.is_file() and file_sha256(path) == known.sha256:
+    path = job.record_of(index)
+    known = _record(PartRecord, path)
+    if known and all(_is_there(job, spill) for spill in known.spills):
         return known
-    tables, rejected, named = [], Counter[str](), []
+    rejected, named = Counter[str](), list[str]()
+    spills: list[SpillRecord] = []
+    for table in _portions(_checked(job, index, rejected, named)):
+        number = f"-{len(spills):04d}" if spills else ""
+        # A later spill of a part gives fewer samples, so that those of a file of any length fit in memory.
+        limit = -(-SAMPLE // (len(job.parts) * (len(spills) + 1)))
+        spills.append(_write_spill(job, table, f"{path.stem}{number}.safetensors", limit))
+    record = PartRecord(spills, dict(rejected), named[:_NAMED])
+    _write_record(record, path)
+    return record
+
+
+def _is_there(job: _Job, spill: SpillRecord) -> bool:
+    path = job.work / spill.file
+    return _is_whole(path, spill.sha256) and _is_whole(path.with_suffix(".sample"), spill.sample_sha256)
+
+
+def _checked(job: _Job, index: int, rejected: Counter[str], named: list[str]) -> Iterator[StructureTable]:
+    """Yield the tables of a part without the structures that cannot be right, which are counted and named."""
     for table in job.source.read(job.parts[index]):
         for fidelity in set(table.fidelities) - set(job.source.fidelities):
             raise unknown_fidelity(fidelity, job.source.fidelities)
         if bad := faults(table):
             rejected.update(_field(reason) for reason in bad.values())
-            named += list(bad.values())
+            named += list(bad.values())[:_NAMED]
             table = table.take(np.setdiff1d(np.arange(len(table)), list(bad)))
-        tables.append(table)
-    table = StructureTable.concatenate(tables)
-    split = _splits(table, job.config.split)
-    digest, sizes = write_spill(table, split, len(SPLITS), path)
-    _write_samples(job, path, sizes)
-    record = PartRecord(digest, len(table), sizes, dict(rejected), named[:_NAMED])
-    _write_record(record, path)
-    return record
+        yield table
+
+
+def _portions(tables: Iterable[StructureTable]) -> Iterator[StructureTable]:
+    """Yield the tables joined to what a part should hold: a file that cannot be entered in the middle is one part."""
+    held: list[StructureTable] = []
+    structures = atoms = 0
+    for table in tables:
+        structures, atoms = structures + len(table), atoms + len(table.numbers)
+        if held and (structures > PART_STRUCTURES or atoms > PART_ATOMS):
+            yield StructureTable.concatenate(held)
+            held, structures, atoms = [], len(table), len(table.numbers)
+        held.append(table)
+    if held:
+        yield StructureTable.concatenate(held)
+
+
+def _write_spill(job: _Job, table: StructureTable, file: str, limit: int) -> SpillRecord:
+    path = job.work / file
+    digest, sizes = write_spill(table, _splits(table, job.config.split), len(SPLITS), path)
+    return SpillRecord(file, digest, _write_samples(path, limit), len(table), sizes)
 
 
 def _splits(table: StructureTable, split: Callable[[str], str]) -> np.ndarray[Any, np.dtype[np.int8]]:
@@ -216,9 +271,8 @@ def _split_number(group: str, split: str) -> int:
     return SPLITS.index(split)
 
 
-def _write_samples(job: _Job, path: Path, sizes: Sequence[int]) -> None:
-    """Write, beside a spill, what the E0 fits need of it."""
-    limit = -(-SAMPLE // len(job.parts))
+def _write_samples(path: Path, limit: int) -> str:
+    """Write, beside a spill, what the E0 fits need of it; return the SHA-256."""
     arrays: dict[str, Array] = {}
     for number, split in enumerate(SPLITS):
         start, stop = find_rows(path, number, [0, _HASHES]).tolist()
@@ -231,7 +285,9 @@ def _write_samples(job: _Job, path: Path, sizes: Sequence[int]) -> None:
                 arrays[f"{place}.elements"] = sample.compositions.elements
                 arrays[f"{place}.counts"] = sample.compositions.counts
                 arrays[f"{place}.energies"] = sample.energies
-    write_beside(path.with_suffix(".sample"), save(arrays))
+    data = save(arrays)
+    write_beside(path.with_suffix(".sample"), data)
+    return hashlib.sha256(data).hexdigest()
 
 
 # Between the passes
@@ -240,8 +296,8 @@ def _write_samples(job: _Job, path: Path, sizes: Sequence[int]) -> None:
 def _references(job: _Job, parts: Sequence[PartRecord]) -> tuple[dict[str, Reference], dict[str, tuple[str, ...]]]:
     """Return the reference energies of each fidelity that has energies, and the splits statistics are taken on."""
     samples: dict[tuple[str, str], list[EnergySample]] = {}
-    for index in range(len(parts)):
-        arrays = load_file(job.spill(index).with_suffix(".sample"))
+    for file in _spills(parts):
+        arrays = load_file((job.work / file).with_suffix(".sample"))
         for place in sorted({name.rpartition(".")[0] for name in arrays}):
             split, fidelity = place.split(".")
             compositions = Compositions(arrays[f"{place}.elements"], arrays[f"{place}.counts"])
@@ -257,6 +313,10 @@ def _references(job: _Job, parts: Sequence[PartRecord]) -> tuple[dict[str, Refer
             references[fidelity] = _reference(fidelity, chosen, everything, known)
         splits[fidelity] = ("train",) if "train" in by_split else SPLITS
     return references, splits
+
+
+def _spills(parts: Sequence[PartRecord]) -> list[str]:
+    return [spill.file for part in parts for spill in part.spills]
 
 
 def _reference(
@@ -290,12 +350,14 @@ def _write_shards(
 
 def _shard_jobs(job: _Job, parts: Sequence[PartRecord], number: int, split: str) -> Iterator[_ShardJob]:
     """Yield the shards of a split: equal ranges of hashes, as many as its bytes ask for."""
-    count = max(1, round(sum(part.bytes[number] for part in parts) / job.config.shard_bytes))
+    size = sum(spill.bytes[number] for part in parts for spill in part.spills)
+    count = max(1, round(size / job.config.shard_bytes))
     bounds = [_HASHES * index // count for index in range(count + 1)]
-    rows = np.array([find_rows(job.spill(part), number, bounds) for part in range(len(parts))])
+    files = _spills(parts)
+    rows = np.array([find_rows(job.work / file, number, bounds) for file in files])
     index = 0
     for start, stop in zip(rows.T[:-1], rows.T[1:], strict=True):
-        chosen = [(part, int(start[part]), int(stop[part])) for part in np.flatnonzero(stop > start).tolist()]
+        chosen = [(files[i], int(start[i]), int(stop[i])) for i in np.flatnonzero(stop > start).tolist()]
         if chosen:
             yield _ShardJob(f"{split}-{index:06d}.tar", split, tuple(chosen))
             index += 1
@@ -304,29 +366,21 @@ def _shard_jobs(job: _Job, parts: Sequence[PartRecord], number: int, split: str)
 def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJob) -> ShardRecord:
     path = job.work / shard.file
     if known := _record(ShardRecord, path):
-        for place in (path, job.folder / shard.file):  # a build that was stopped while it moved them
-            if place.is_file() and file_sha256(place) == known.info.sha256:
-                return known
-    tables, hashes = zip(*(read_spill(job.spill(part), start, stop) for part, start, stop in shard.rows), strict=True)
+        places = (path, job.folder / shard.file)  # there when a build was stopped while it moved them
+        if any(_is_whole(place, known.info.sha256) for place in places):
+            return known
+    tables, hashes = zip(*(read_spill(job.work / file, start, stop) for file, start, stop in shard.rows), strict=True)
     table = StructureTable.concatenate(tables)
     order = order_by_key(table, np.concatenate(hashes))
     _check_keys(table.keys.take(order))
-    table = table.take(order[np.argsort(_rank_of_labels(table)[order], kind="stable")])
-    info = write_shard(table, path, shard.split, pack_atoms=job.config.pack_atoms)
-    compositions = Compositions.of(table.numbers, table.num_atoms)
-    atoms = compositions.counts.sum(0).astype(np.int64)
-    record = ShardRecord(
-        info,
-        dict(zip(compositions.elements.tolist(), atoms.tolist(), strict=True)),
-        {name: LabelSums.of(table, compositions, name, _e0(references, name)) for name in table.fidelities},
-        **_outliers(table, compositions, references, job.config.max_energy_deviation),
-    )
+    order = order[np.argsort(_rank_of_labels(table)[order], kind="stable")]
+    tally = _Tally(references, job.config.max_energy_deviation)
+    # A pack at a time: what is done to it finds it in the processor's cache.
+    rows = cut_packs(table.num_atoms[order], job.config.pack_atoms)
+    packs = (tally.seen(table.take(order[start:stop])) for start, stop in rows)
+    record = tally.record(write_shard(packs, path, shard.split))
     _write_record(record, path)
     return record
-
-
-def _e0(references: Mapping[str, Reference], fidelity: str) -> dict[int, float]:
-    return references[fidelity].e0 if fidelity in references else {}
 
 
 def _check_keys(in_order: Strings) -> None:
@@ -350,27 +404,57 @@ def _rank_of_labels(table: StructureTable) -> np.ndarray[Any, np.dtype[np.int64]
     return np.asarray(rank[kind.reshape(-1)], np.int64)
 
 
-def _outliers(
-    table: StructureTable, compositions: Compositions, references: Mapping[str, Reference], limit: float
-) -> dict[str, Any]:
-    counts: dict[str, dict[str, Any]] = {"outliers": {}, "named": {}, "extreme": {}}
-    for name in table.fidelities:
-        robust = references[name].robust if name in references else None
-        if robust is not None:
-            rows, found = deviations(table, compositions, name, robust)
-            far = np.abs(found) > SUSPICIOUS_Z * robust.spread
-            worst = np.argsort(-np.abs(np.where(far, found, 0.0)), kind="stable")[: min(_NAMED, int(far.sum()))]
-            counts["outliers"][name] = int(far.sum())
-            counts["extreme"][name] = int((far & (np.abs(found) > limit)).sum())
-            counts["named"][name] = [f"'{table.keys[int(rows[i])]}' by {found[i]:+.3f} eV/atom" for i in worst]
-    return counts
+class _Tally:
+    """What a shard's record gathers of its packs."""
+
+    def __init__(self, references: Mapping[str, Reference], limit: float) -> None:
+        self._references, self._limit = references, limit
+        self._elements = Counter[int]()
+        self._sums: dict[str, LabelSums] = {}
+        self._outliers, self._extreme = Counter[str](), Counter[str]()
+        self._named: dict[str, list[tuple[float, str]]] = {}
+
+    def seen(self, pack: StructureTable) -> StructureTable:
+        """Count a pack, and return it."""
+        compositions = Compositions.of(pack.numbers, pack.num_atoms)
+        atoms = compositions.counts.sum(0).astype(np.int64)
+        self._elements.update(dict(zip(compositions.elements.tolist(), atoms.tolist(), strict=True)))
+        for name in pack.fidelities:
+            reference = self._references.get(name)
+            sums = LabelSums.of(pack, compositions, name, {} if reference is None else reference.e0)
+            self._sums[name] = self._sums.get(name, LabelSums()) + sums
+            if reference is not None and reference.robust is not None:
+                self._judge(
+                    pack, name, *deviations(pack, compositions, name, reference.robust), reference.robust.spread
+                )
+        return pack
+
+    def _judge(
+        self, pack: StructureTable, name: str, rows: NDArray[np.int64], found: NDArray[np.float64], spread: float
+    ) -> None:
+        far = np.flatnonzero(np.abs(found) > SUSPICIOUS_Z * spread)
+        self._outliers[name] += len(far)
+        self._extreme[name] += int(np.count_nonzero(np.abs(found[far]) > self._limit))
+        named = [(float(found[i]), pack.keys[int(rows[i])]) for i in far.tolist()]
+        self._named[name] = sorted(self._named.get(name, []) + named, key=_badness)[:_NAMED]
+
+    def record(self, info: ShardInfo) -> ShardRecord:
+        """Return the record of all packs."""
+        elements = dict(sorted(self._elements.items()))
+        return ShardRecord(info, elements, self._sums, dict(self._outliers), self._named, dict(self._extreme))
+
+
+def _badness(named: tuple[float, str]) -> tuple[float, str]:
+    return -abs(named[0]), named[1]
 
 
 def _tell_outliers(fidelity: str, shards: Sequence[ShardRecord], limit: float) -> None:
     """Log the energies that composition does not explain; raise ValueError for those beyond `limit` eV/atom."""
     count = sum(shard.outliers.get(fidelity, 0) for shard in shards)
     extreme = sum(shard.extreme.get(fidelity, 0) for shard in shards)
-    named = ", ".join([name for shard in shards for name in shard.named.get(fidelity, [])][:_NAMED])
+    worst = sorted((item for shard in shards for item in shard.named.get(fidelity, [])), key=_badness)
+    worst = worst[: min(extreme or _NAMED, _NAMED)]
+    named = ", ".join(f"'{key}' by {deviation:+.3f} eV/atom" for deviation, key in worst)
     if extreme:
         raise ValueError(
             f"energy.{fidelity}: expected energies within {limit:g} eV/atom of what composition explains, found "
@@ -455,14 +539,15 @@ def _entry(
 
 def _publish(job: _Job, manifest: Manifest) -> None:
     """Replace what the folder holds, manifest first, so that no manifest ever describes missing shards."""
-    if (job.folder / MANIFEST_FILE).is_file():
-        former = read_manifest(job.folder).shards
-        (job.folder / MANIFEST_FILE).unlink()
-        for shard in former:
-            (job.folder / shard.file).unlink(missing_ok=True)
+    held = [folder for folder in (job.folder, job.work) if (folder / MANIFEST_FILE).is_file()]
+    former = {shard.file for shard in read_manifest(held[0]).shards} if held else set()
+    if job.folder in held:
+        (job.folder / MANIFEST_FILE).replace(job.work / MANIFEST_FILE)  # a build that is stopped here still needs it
     for shard in manifest.shards:
         if (job.work / shard.file).is_file():
             (job.work / shard.file).replace(job.folder / shard.file)
+    for file in former - {shard.file for shard in manifest.shards}:
+        (job.folder / file).unlink(missing_ok=True)
     write_manifest(manifest, job.folder)
     shutil.rmtree(job.work)
 
@@ -470,27 +555,34 @@ def _publish(job: _Job, manifest: Manifest) -> None:
 @contextmanager
 def _working(job: _Job) -> Iterator[None]:
     """Hold the folder of unfinished work, which must be of this job or empty."""
-    if job.config.overwrite and job.work.is_dir() and _former(job) != _identity(job):
-        shutil.rmtree(job.work)
     job.work.mkdir(parents=True, exist_ok=True)
-    with (job.work / "lock").open("w") as lock:
+    with (job.work / _LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             message = f"{job.folder}: another build is writing there; wait for it or choose another folder"
             raise FileExistsError(message) from None
-        if (former := _former(job)) not in (None, _identity(job)):
-            raise FileExistsError(
-                f"{job.work} holds an unfinished build of other files or options; run the command that began it, "
-                f"choose another folder, or discard it with --overwrite. It began with: {former}"
-            )
-        write_beside(job.work / _JOB_FILE, json.dumps(_identity(job), indent=1).encode())
+        _take_over(job, _identity(job))
         yield
 
 
-def _former(job: _Job) -> Any:
+def _take_over(job: _Job, identity: dict[str, Any]) -> None:
+    """Keep unfinished work of this job, discard what a deletion left half; raise FileExistsError for another's."""
     path = job.work / _JOB_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    former = _json(path)
+    if former == identity:
+        return
+    if path.is_file() and not job.config.overwrite:
+        differing = ", ".join(name for name in identity if former.get(name) != identity[name])
+        raise FileExistsError(
+            f"{job.work} holds an unfinished build of other files or options (other {differing}); run the command "
+            f"that began it, choose another folder, or discard it with --overwrite. {path.name} says how it began"
+        )
+    path.unlink(missing_ok=True)  # first: the rest counts for nothing without it
+    for other in job.work.iterdir():
+        if other.name not in (_LOCK_FILE, MANIFEST_FILE):  # the latter: of the dataset that is being replaced
+            other.unlink()
+    write_beside(path, json.dumps(identity, indent=1).encode())
 
 
 def _identity(job: _Job) -> dict[str, Any]:
@@ -512,16 +604,30 @@ def _field(reason: str) -> str:
 
 
 def _record(kind: type[Record], path: Path) -> Record | None:
-    """Return the record that was written beside a finished file, None when there is none."""
-    beside = path.with_suffix(".json")
-    if not beside.is_file():
+    """Return the record that was written beside a finished file, None when there is none that can be read."""
+    values = _json(path.with_suffix(".json"))
+    try:
+        if kind is PartRecord:
+            values["spills"] = [SpillRecord(**spill) for spill in values["spills"]]
+        if kind is ShardRecord:
+            values["info"] = ShardInfo(**values["info"])
+            values["elements"] = {int(z): count for z, count in values["elements"].items()}
+            values["sums"] = {name: LabelSums(**sums) for name, sums in values["sums"].items()}
+        return kind(**values)
+    except (KeyError, TypeError):  # none, or one of another version
         return None
-    values = json.loads(beside.read_text())
-    if kind is ShardRecord:
-        values["info"] = ShardInfo(**values["info"])
-        values["elements"] = {int(z): count for z, count in values["elements"].items()}
-        values["sums"] = {name: LabelSums(**sums) for name, sums in values["sums"].items()}
-    return kind(**values)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a file, empty when there is none; what a damaged file describes is made again."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def _write_record(record: PartRecord | ShardRecord, path: Path) -> None:

@@ -125,16 +125,21 @@ def _config(args: argparse.Namespace, source: Source) -> BuildConfig:
         raise ValueError(
             f"--e0: the source has {len(fidelities)} levels ({', '.join(fidelities)}); build one at a time"
         )
+
+    def published(name: str) -> str:
+        """Return what is known of a public dataset; of a format, which says no level of theory, nothing is."""
+        return str(getattr(info, name)) if info.fidelities else ""
+
     known = {name: e0 for name, e0 in info.e0.items() if name in fidelities}
     return BuildConfig(
         name=args.name or info.name,
         split=SplitFractions(train, val, test, args.seed),
         e0={next(iter(fidelities)): dict(args.e0)} if args.e0 else known,
-        source=_first(args.url, info.url),
-        description=_first(args.description, info.title),
-        doi=_first(args.doi, info.doi),
-        licence=_first(args.licence, info.licence),
-        citation=_first(args.citation, info.citation),
+        source=_first(args.url, published("url")),
+        description=_first(args.description, published("title")),
+        doi=_first(args.doi, published("doi")),
+        licence=_first(args.licence, published("licence")),
+        citation=_first(args.citation, published("citation")),
         version=args.version,
         pack_atoms=args.pack_atoms,
         shard_bytes=args.shard_bytes,
@@ -205,9 +210,10 @@ def _default(item: Any) -> str:
 
 def _inspect(args: argparse.Namespace) -> int:
     report = inspect(args.datasets)
-    print(to_text(report))
     if args.out is not None:
         write_report(report, args.out)
+    print(to_text(report))
+    if args.out is not None:
         print(f"\nwritten: {args.out / 'report.json'} and {args.out / 'report.html'}")
     return 0
 

@@ -9,22 +9,15 @@ shard's name:
     pipe:gsutil -q cat gs://bucket/set/{file}
     pipe:curl -sSfL https://host/set/{file}                     -f: an error page is a failure, not a shard
     pipe:ssh host cat /data/set/{file}
-
-Cache. `<sha256>.tar` is a whole shard, `<sha256>.<bytes>.partial` one that is arriving and the space promised to it.
-`<sha256>.lock` is held while a shard is opened or fetched, so the processes of a node fetch it once; `space.lock`
-while files are counted, evicted and renamed. The kernel frees the locks of a killed process; who comes next continues
-its partial file.
 """
 
 from __future__ import annotations
 
 import email.utils
-import fcntl
-import hashlib
 import http.client
 import logging
 import os
-import platform
+import random
 import re
 import select
 import shlex
@@ -36,26 +29,23 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from types import TracebackType
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, BinaryIO
 
+from rung.data.cache import Partial, ShardCache
 from rung.data.shard import ShardInfo
 
 _CHUNK = 1 << 20  # bytes
 _MAX_WAIT = 60.0  # s, between two tries
 _MAX_ASKED_WAIT = 300.0  # s, where the server's Retry-After asks for more
-_TAIL_LINES = 5  # of a command's stderr, in errors
-_CACHE_FILE = re.compile(r"([0-9a-f]{64})\.(?:tar|(\d+)\.partial)")
+_TAIL_BYTES, _TAIL_LINES = 4096, 5  # of a command's stderr, in errors
 
 _log = logging.getLogger(__name__)
-_verified: set[tuple[str, int, int]] = set()  # (digest, device, inode) of cached files that this process has hashed
 
 
 class ShardUnavailable(OSError):
@@ -122,11 +112,8 @@ class ShardSource:
             return _open_local(Path(self.location.replace("{file}", shard.file)))
         _check(shard, self.config)
         folder = cache_folder(self.config)
-        path = folder / f"{shard.sha256}.tar"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(_lock_of(folder, shard.sha256)):
-                return _open_cached(path, shard) or self._download(shard, path)
+            return ShardCache(folder, self.config.cache_bytes).open(shard, lambda partial: self._fill(partial, shard))
         except ShardUnavailable:
             raise
         except OSError as error:
@@ -135,20 +122,16 @@ class ShardSource:
                 "make space there, lower cache_bytes, or set cache_folder or RUNG_CACHE to another disk of this machine"
             ) from error
 
-    def _download(self, shard: ShardInfo, path: Path) -> BinaryIO:
-        with _Partial(_reserve(path.parent, shard, self.config.cache_bytes), shard) as partial:
-            self._fill(partial, shard)
-            return partial.finish(path)
-
-    def _fill(self, partial: _Partial, shard: ShardInfo) -> None:
+    def _fill(self, partial: Partial, shard: ShardInfo) -> None:
         """Fetch until the shard is whole: `retries` more tries after broken ones, one more after wrong bytes."""
         tries = num_damaged = 0
         while True:
             tries += 1
             try:
-                if partial.size < shard.bytes:
-                    self._transfer(shard, partial)
-                partial.check()
+                if partial.size < partial.total:
+                    self._transfer(partial, shard)
+                if partial.fault:
+                    raise _Damaged(partial.fault)
                 return
             except _Failed as failure:
                 if isinstance(failure, _Damaged):
@@ -157,11 +140,11 @@ class ShardSource:
                 hopeless = isinstance(failure, _Refused) or num_damaged > 1
                 if hopeless or tries - num_damaged > self.config.retries:
                     raise ShardUnavailable(self._message(shard, tries, failure)) from failure
-                pause = max(_backoff(shard.file, tries), failure.wait_s)
+                pause = max(_backoff(tries), failure.wait_s)
                 _log.warning("%s: %s; trying again in %.0f s", self._name(shard), failure.reason, pause)
                 self.wait(pause)
 
-    def _transfer(self, shard: ShardInfo, partial: _Partial) -> None:
+    def _transfer(self, partial: Partial, shard: ShardInfo) -> None:
         if self.is_pipe:
             command = self.location.removeprefix("pipe:").replace("{file}", shlex.quote(shard.file))
             _run(command, partial, self.config.timeout_s)
@@ -193,6 +176,39 @@ def cache_folder(config: RemoteConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rung" / "shards"
 
 
+def _check(shard: ShardInfo, config: RemoteConfig) -> None:
+    # Manifests come from anywhere: the digest and the size become a file's name, the name a word of a command.
+    if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"shard '{shard.file}': sha256: expected 64 hexadecimal digits, found '{shard.sha256}'")
+    if not isinstance(shard.bytes, int) or shard.bytes <= 0:
+        raise ValueError(f"shard '{shard.file}': bytes: expected a whole number > 0, found {shard.bytes!r}")
+    if shard.bytes > config.cache_bytes:
+        raise ValueError(
+            f"shard '{shard.file}' has {shard.bytes} bytes, the shard cache may hold {config.cache_bytes}; "
+            "raise cache_bytes, or build the dataset with smaller shards"
+        )
+
+
+def _open_local(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: no such shard; copy it beside its dataset.yaml, or set shard_url to where the shards are"
+        ) from error
+
+
+def _backoff(tries: int) -> float:
+    """Return the seconds to wait after a try: 1, 2, 4, ... 60, and up to a quarter more that differs by process."""
+    return min(2.0 ** min(tries - 1, 6), _MAX_WAIT) * random.SystemRandom().uniform(1, 1.25)  # leaves seeds alone
+
+
+def _public(text: str) -> str:
+    """Return a text without the credentials and the queries of its URLs."""
+    text = re.sub(r"://[^/\s]*@", "://", text)
+    return re.sub(r"(://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1", text)
+
+
 class _Failed(Exception):
     """A try that may do better next time, after `wait_s` seconds or more."""
 
@@ -212,88 +228,32 @@ class _Damaged(_Failed):
         super().__init__(reason, "put the shards and the dataset.yaml of one build there")
 
 
-class _Partial:
-    """A shard that is arriving: its bytes so far, their digest, and what the server called this version of the file.
-
-    It is kept for the next try when tries run out or the user interrupts, and deleted after any other failure.
-    """
-
-    def __init__(self, path: Path, shard: ShardInfo) -> None:
-        self._path, self._shard = path, shard
-        self._file = path.open("r+b", buffering=0)
-        self._hash = hashlib.file_digest(self._file, "sha256")
-        self.size, self.validator = self._file.tell(), ""
-
-    def __enter__(self) -> _Partial:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._file.close()
-        keep = isinstance(error, (ShardUnavailable, KeyboardInterrupt)) and self.size > 0
-        if error is not None and not keep:
-            self._path.unlink(missing_ok=True)
-
-    @property
-    def folder(self) -> Path:
-        return self._path.parent
-
-    @property
-    def total(self) -> int:
-        """Bytes of the whole shard, by the manifest."""
-        return self._shard.bytes
-
-    def write(self, data: bytes) -> None:
-        """Append `data`; raise _Damaged when that is more than the manifest says."""
-        self._hash.update(data)
-        self.size += len(data)
-        if self.size > self.total:
-            raise _Damaged(f"expected {self.total} bytes, found more")
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) or 0 :]
-
-    def restart(self) -> None:
-        """Drop what has arrived."""
-        self._file.seek(0)
-        self._file.truncate()
-        self._hash, self.size, self.validator = hashlib.sha256(), 0, ""
-
-    def check(self) -> None:
-        """Raise _Damaged unless this is the manifest's shard."""
-        if self.size != self.total:
-            raise _Damaged(f"expected {self.total} bytes, found {self.size}")
-        if (found := self._hash.hexdigest()) != self._shard.sha256:
-            raise _Damaged(f"expected SHA-256 {self._shard.sha256}, found {found}")
-
-    def finish(self, path: Path) -> BinaryIO:
-        """Flush to disk, move to `path` and return the file opened for reading."""
-        os.fsync(self._file.fileno())
-        file = self._path.open("rb")  # before it can be evicted
-        status = os.fstat(file.fileno())
-        _verified.add((self._shard.sha256, status.st_dev, status.st_ino))
-        with _locked(path.with_name("space.lock")):
-            os.replace(self._path, path)
-        return file
+def _append(partial: Partial, data: bytes) -> None:
+    if partial.size + len(data) > partial.total:
+        raise _Damaged(f"expected {partial.total} bytes, found more")
+    partial.write(data)
 
 
-def _get(url: str, partial: _Partial, timeout_s: float) -> None:
+# HTTP
+
+
+def _get(url: str, partial: Partial, timeout_s: float) -> None:
     """Append what `partial` lacks from an http(s) URL; a server without ranges sends all of it anew."""
-    try:
+    with _network_errors(timeout_s):
         response = urllib.request.urlopen(_request(url, partial), timeout=timeout_s)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _status_failure(error.code, error.headers) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _connection_failure(error, timeout_s) from error
     with response:
         _begin(response, partial)
-        while data := _receive(response, timeout_s):
-            partial.write(data)
+        while True:
+            with _network_errors(timeout_s):  # not those of the disk
+                data = response.read1(_CHUNK)  # what has arrived, so that nothing is lost when the connection breaks
+            if not data:
+                break
+            _append(partial, data)
     if partial.size < partial.total:
         raise _Failed(f"the connection ended after {partial.size} of {partial.total} bytes")
 
 
-def _request(url: str, partial: _Partial) -> urllib.request.Request:
+def _request(url: str, partial: Partial) -> urllib.request.Request:
     parts = urllib.parse.urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "rung"})
@@ -309,7 +269,7 @@ def _request(url: str, partial: _Partial) -> urllib.request.Request:
     return request
 
 
-def _begin(response: http.client.HTTPResponse, partial: _Partial) -> None:
+def _begin(response: http.client.HTTPResponse, partial: Partial) -> None:
     """Check a response's status, range and length before its bytes are taken."""
     total = response.headers.get("Content-Length")
     if response.status == 206:
@@ -329,11 +289,24 @@ def _begin(response: http.client.HTTPResponse, partial: _Partial) -> None:
     partial.validator = strong or response.headers.get("Last-Modified", "")
 
 
-def _receive(response: http.client.HTTPResponse, timeout_s: float) -> bytes:
+@contextmanager
+def _network_errors(timeout_s: float) -> Iterator[None]:
+    """Turn what urllib and http.client raise into _Failed."""
     try:
-        return response.read1(_CHUNK)  # what has arrived, so that nothing is lost when the connection breaks
+        yield
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _status_failure(error.code, error.headers) from error
+    except http.client.InvalidURL as error:
+        raise _Refused(str(error), "check shard_url") from error
     except (OSError, http.client.HTTPException) as error:
-        raise _connection_failure(error, timeout_s) from error
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            untrusted = f"the server's certificate is not trusted ({reason.verify_message})"
+            raise _Refused(untrusted, "set SSL_CERT_FILE") from error
+        if isinstance(reason, TimeoutError):
+            raise _Failed(f"no byte for {timeout_s:g} s") from error
+        raise _Failed(f"{type(reason).__name__}: {reason}") from error
 
 
 def _status_failure(status: int, headers: Message) -> _Failed:
@@ -349,17 +322,6 @@ def _status_failure(status: int, headers: Message) -> _Failed:
     return _Refused(reason, "check shard_url")
 
 
-def _connection_failure(error: Exception, timeout_s: float) -> _Failed:
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return _Refused(f"the server's certificate is not trusted ({reason.verify_message})", "set SSL_CERT_FILE")
-    if isinstance(error, http.client.InvalidURL):
-        return _Refused(str(error), "check shard_url")
-    if isinstance(reason, TimeoutError):
-        return _Failed(f"no byte for {timeout_s:g} s")
-    return _Failed(f"{type(reason).__name__}: {reason}")
-
-
 def _asked_wait(retry_after: str) -> float:
     """Return the seconds that a Retry-After header asks for, 0 for one that is none."""
     if retry_after.strip().isdecimal():
@@ -370,11 +332,14 @@ def _asked_wait(retry_after: str) -> float:
     return min(max(seconds, 0.0), _MAX_ASKED_WAIT)
 
 
-def _run(command: str, partial: _Partial, timeout_s: float) -> None:
+# Commands
+
+
+def _run(command: str, partial: Partial, timeout_s: float) -> None:
     """Fill `partial` with what a shell command prints; whatever ends this early ends the command and its children."""
     partial.restart()
     try:
-        with tempfile.TemporaryFile(dir=partial.folder) as errors, _started(command, errors) as process:
+        with tempfile.TemporaryFile(dir=partial.path.parent) as errors, _started(command, errors) as process:
             _copy_output(process, partial, timeout_s)
             _check_exit(process, errors, timeout_s)
     except BaseException:
@@ -403,17 +368,16 @@ def _started(command: str, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _copy_output(process: subprocess.Popen[bytes], partial: _Partial, timeout_s: float) -> None:
+def _copy_output(process: subprocess.Popen[bytes], partial: Partial, timeout_s: float) -> None:
     assert process.stdout is not None
     descriptor = process.stdout.fileno()
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    while True:
-        if not poll.poll(timeout_s * 1000):
-            raise _Failed(f"no byte for {timeout_s:g} s")
+    while poll.poll(timeout_s * 1000):
         if not (data := os.read(descriptor, _CHUNK)):
             return
-        partial.write(data)
+        _append(partial, data)
+    raise _Failed(f"no byte for {timeout_s:g} s")
 
 
 def _check_exit(process: subprocess.Popen[bytes], errors: IO[bytes], timeout_s: float) -> None:
@@ -423,150 +387,9 @@ def _check_exit(process: subprocess.Popen[bytes], errors: IO[bytes], timeout_s: 
         raise _Failed(f"the command closed its output and did not end within {timeout_s:g} s") from error
     if status == 0:
         return
-    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - _TAIL_BYTES))
     tail = errors.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
     reason = f"exit status {status}: {_public(' | '.join(tail)) or 'nothing on stderr'}"
     if status in (126, 127):  # the shell's own: not executable, not found
         raise _Refused(reason, "install the program, or name it by its path")
     raise _Failed(reason)
-
-
-class _Entry(NamedTuple):
-    """A file of the cache and the bytes that it holds or was promised."""
-
-    used: int  # ns
-    path: Path
-    digest: str
-    bytes: int
-
-
-def _reserve(folder: Path, shard: ShardInfo, cache_bytes: int) -> Path:
-    """Return the shard's partial file, made when it and all that is kept fit into `cache_bytes`."""
-    path = folder / f"{shard.sha256}.{shard.bytes}.partial"
-    # Who waits holds no space, and who holds space does not wait: no two processes can wait for each other.
-    while busy := _make_room(path, shard, cache_bytes):
-        with _locked(busy):
-            pass
-    return path
-
-
-def _make_room(path: Path, shard: ShardInfo, cache_bytes: int) -> Path | None:
-    """Evict least recently used files and make `path`; when downloads hold the space, return the lock of one."""
-    folder, busy = path.parent, None
-    with _locked(folder / "space.lock"):
-        entries = _entries(folder)
-        excess = sum(entry.bytes for entry in entries) - cache_bytes
-        excess += 0 if path.exists() else shard.bytes
-        for entry in entries:
-            if excess <= 0:
-                break
-            if entry.path == path:
-                continue
-            if entry.path.suffix == ".tar" or entry.digest == shard.sha256:
-                entry.path.unlink(missing_ok=True)
-            elif not _removed(entry):
-                busy = _lock_of(folder, entry.digest)
-                continue
-            excess -= entry.bytes
-        if excess > 0 and busy and not path.exists():
-            return busy
-        path.touch()
-    return None
-
-
-def _entries(folder: Path) -> list[_Entry]:
-    """Return what the cache holds, least recently used first."""
-    entries = []
-    for path in folder.iterdir():
-        if match := _CACHE_FILE.fullmatch(path.name):
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # a failed download was deleted meanwhile
-                continue
-            entries.append(_Entry(status.st_mtime_ns, path, match[1], int(match[2] or status.st_size)))
-    return sorted(entries)
-
-
-def _removed(entry: _Entry) -> bool:
-    """Remove a partial file unless a process is filling it."""
-    with _locked(_lock_of(entry.path.parent, entry.digest), wait=False) as free:
-        if free:
-            entry.path.unlink(missing_ok=True)
-        return free
-
-
-def _open_cached(path: Path, shard: ShardInfo) -> BinaryIO | None:
-    """Open a cached shard and mark it as used; None when there is none, or a damaged one, which is deleted."""
-    try:
-        status = path.stat()
-        identity = (shard.sha256, status.st_dev, status.st_ino)
-        if identity not in _verified:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                _log.warning(
-                    "%s: damaged in the cache (found SHA-256 %s); fetching '%s' again", path, found, shard.file
-                )
-                path.unlink()
-                return None
-            _verified.add(identity)
-        os.utime(path)
-        return path.open("rb")
-    except FileNotFoundError:  # never there, or evicted meanwhile
-        return None
-
-
-def _open_local(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path}: no such shard; copy it beside its dataset.yaml, or set shard_url to where the shards are"
-        ) from error
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock against other processes and threads; with `wait` false give False at once when another holds it."""
-    with path.open("ab") as file:
-        held = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        try:
-            yield held
-        finally:
-            if held:
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do where a forked child shares the file
-
-
-def _lock_of(folder: Path, digest: str) -> Path:
-    return folder / f"{digest}.lock"
-
-
-def _check(shard: ShardInfo, config: RemoteConfig) -> None:
-    # Manifests come from anywhere: the digest and the size become a file's name, the name a word of a command.
-    if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
-        raise ValueError(f"shard '{shard.file}': sha256: expected 64 hexadecimal digits, found '{shard.sha256}'")
-    if not isinstance(shard.bytes, int) or shard.bytes <= 0:
-        raise ValueError(f"shard '{shard.file}': bytes: expected a whole number > 0, found {shard.bytes!r}")
-    if shard.file.startswith("-"):
-        raise ValueError(f"shard '{shard.file}': expected a name that a command does not take for an option")
-    if shard.bytes > config.cache_bytes:
-        raise ValueError(
-            f"shard '{shard.file}' has {shard.bytes} bytes, the shard cache may hold {config.cache_bytes}; "
-            "raise cache_bytes, or build the dataset with smaller shards"
-        )
-
-
-def _backoff(file: str, tries: int) -> float:
-    """Return the seconds to wait after a try: 1, 2, 4, ... 60, and up to a quarter more that differs by process."""
-    seed = f"{platform.node()}/{os.getpid()}/{file}/{tries}"
-    return min(2.0 ** min(tries - 1, 6), _MAX_WAIT) * (1 + zlib.crc32(seed.encode()) / 2**34)
-
-
-def _public(text: str) -> str:
-    """Return a text without the credentials and the queries of its URLs."""
-    text = re.sub(r"://[^/\s]*@", "://", text)
-    return re.sub(r"(://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1", text)

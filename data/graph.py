@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from vesin import NeighborList
 
 from rung.data.structure import Structure
 from rung.data.table import StructureTable, offsets_of, ragged_index
@@ -112,6 +111,8 @@ def neighbour_graph(
         row_ptr = offsets_of(np.count_nonzero(within[0], axis=1)).astype(np.int32)
         return Graph(i, j, row_ptr, reverse, np.zeros((len(i), 3), np.float32))
     _check_cutoff(cutoff)
+    from vesin import NeighborList  # here, because it imports torch, which the building of molecules does not need
+
     # One thread: the list is small, and the loader's workers share the cores with training.
     neighbours = NeighborList(cutoff=cutoff, full_list=True, sorted=False, n_threads=1)
     try:

@@ -132,6 +132,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     the fields of Manifest, or contradicts itself: manifests come from anywhere.
     """
     path = resolve_dataset(folder) / MANIFEST_FILE
+    status = path.stat()
+    if status.st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{path}: expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {status.st_size}")
+    return _read(path.absolute(), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: Path, mtime_ns: int, size: int) -> Manifest:
+    """Read a manifest once for each state of its file: every task, and every worker that is forked, asks for it."""
     document = _parse(_text(path), str(path))
     if not isinstance(document, dict) or "format" not in document:
         raise ValueError(f"{path}: expected a mapping with 'format: {MANIFEST_FORMAT}', found none")
@@ -147,8 +156,6 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def _text(path: Path) -> str:
-    if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"{path}: expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {size}")
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rung.data.batch import DRAWN, Samples
 from rung.data.dealing import Position
+from rung.data.fetch import RemoteConfig
 from rung.data.manifest import read_manifest
 from rung.data.stream import ShardStream
 from rung.data.table import StructureTable
@@ -31,6 +32,7 @@ class Task:
     energy_weight: float = 1.0
     forces_weight: float = 1.0
     shard_url: str = ""  # see ShardStream
+    remote: RemoteConfig = RemoteConfig()  # how its shards are fetched when they are not here
 
 
 def mixing_weights(counts: Sequence[int], temperature: float) -> list[float]:
@@ -66,6 +68,7 @@ def open_tasks(
             world=world,
             max_bad=max_bad,
             shard_url=task.shard_url,
+            remote=task.remote,
         )
         for task in tasks
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,18 +41,47 @@ def workers(processes: int = 1) -> Iterator[Map | None]:
     if under_mpi():
         if processes > 1:
             raise ValueError(f"processes: under mpirun its ranks do the work; leave out -j {processes}")
+        from ase import parallel
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor
 
+        parallel.world.comm = parallel.DummyMPI()  # ASE would let rank 0 read for all, and wait until all ask for it
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-            yield None if executor is None else _map_of(executor)
+            if executor is None:
+                yield None
+            else:
+                with _cancelling(executor):
+                    yield _map_of(executor)
     elif processes == 1:
         yield map
     else:
         # A fresh interpreter for each: forked children would share open HDF5 files and the locks of other threads.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context) as executor:
-            yield _map_of(executor)
+        with ProcessPoolExecutor(processes, context, _start_worker) as pool, _cancelling(pool):
+            yield _map_of(pool)
+
+
+@contextmanager
+def _cancelling(executor: Executor | Any) -> Iterator[None]:
+    """Drop what is queued when the work is broken off: it would run to its end otherwise."""
+    try:
+        yield
+    except BaseException:  # also Ctrl-C
+        executor.shutdown(cancel_futures=True)
+        raise
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: end at once and without a traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process with its parent: a killed build must leave nobody who still writes in its folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _map_of(executor: Executor | Any) -> Map:
@@ -59,8 +90,5 @@ def _map_of(executor: Executor | Any) -> Map:
             yield from executor.map(function, items)
         except BrokenProcessPool as error:
             raise ChildProcessError("a worker process was killed; out of memory? Use fewer processes") from error
-        except BaseException:  # also Ctrl-C, and a caller that stops: what is queued would run to its end otherwise
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
 
     return run

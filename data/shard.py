@@ -8,15 +8,19 @@ import os
 import re
 import tarfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rung.data.graph import edge_counts
 from rung.data.pack import encode
-from rung.data.table import StructureTable
+from rung.data.table import StructureTable, offsets_of
 from rung.data.tar import members
 
 EDGE_CUTOFF = 5.0  # angstrom; the cut-off at which a manifest counts edges, so that budgets can be planned
@@ -46,47 +50,62 @@ class ShardInfo:
             raise ValueError(f"shard '{self.file}': expected the plain name of a .tar file in the dataset's folder")
 
 
-def write_shard(table: StructureTable, path: Path, split: str, *, pack_atoms: int = PACK_ATOMS) -> ShardInfo:
-    """Write the structures of `table`, in order, as one shard and return what a manifest says of it.
+def write_shard(packs: Iterable[StructureTable], path: Path, split: str) -> ShardInfo:
+    """Write one shard, a pack from each table, and return what a manifest says of it.
 
-    A pack closes before it exceeds `pack_atoms`; a larger structure is a pack of its own. The same structures give the
-    same bytes. Raises ValueError for atoms at one place; see `rung.data.table.faults` for what else must be right.
+    The same structures give the same bytes. Raises ValueError for atoms at one place; see `rung.data.table.faults` for
+    what else must be right.
     """
-    packs = list(cut_packs(table, pack_atoms))
-    contents = []
-    for index, pack in enumerate(packs):
-        data = encode(pack)
-        contents.append((f"{path.stem}-{index:06d}-{zlib.crc32(data):08x}{PACK_SUFFIX}", data))
-    data = tar_bytes(contents)
-    write_beside(path, data)
+    seen = _Seen(defaultdict(list))
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        for index, pack in enumerate(packs):
+            data = encode(pack)
+            seen.add(pack, index)
+            yield f"{path.stem}-{index:06d}-{zlib.crc32(data):08x}{PACK_SUFFIX}", data
+
+    with writing_beside(path) as file:
+        write_tar(file, contents())
     return ShardInfo(
         file=path.name,
-        sha256=hashlib.sha256(data).hexdigest(),
-        bytes=len(data),
-        packs=len(packs),
-        structures=len(table),
-        atoms=len(table.numbers),
-        edges=int(edge_counts(table, EDGE_CUTOFF).sum()),
+        sha256=file.digest.hexdigest(),
+        bytes=file.size,
+        packs=seen.packs,
+        structures=seen.structures,
+        atoms=seen.atoms,
+        edges=seen.edges,
         split=split,
-        labels=labels_per_pack(packs),
+        labels={name: [*counts, *[0] * (seen.packs - len(counts))] for name, counts in sorted(seen.labels.items())},
     )
 
 
-def labels_per_pack(packs: Iterable[StructureTable]) -> dict[str, list[int]]:
-    """Return fidelity -> number of structures that carry it in each pack."""
-    packs = list(packs)
-    fidelities = sorted({fidelity for pack in packs for fidelity in pack.fidelities})
-    counts = {name: [int(np.count_nonzero(pack.carries(name))) for pack in packs] for name in fidelities}
-    return {name: found for name, found in counts.items() if any(found)}
+@dataclass
+class _Seen:
+    """What the packs of a shard hold."""
+
+    labels: defaultdict[str, list[int]]
+    packs: int = 0
+    structures: int = 0
+    atoms: int = 0
+    edges: int = 0
+
+    def add(self, pack: StructureTable, index: int) -> None:
+        self.packs = index + 1
+        self.structures += len(pack)
+        self.atoms += len(pack.numbers)
+        self.edges += int(edge_counts(pack, EDGE_CUTOFF).sum())
+        for name in pack.fidelities:
+            if count := int(np.count_nonzero(pack.carries(name))):
+                self.labels[name] += [0] * (index - len(self.labels[name])) + [count]
 
 
-def cut_packs(table: StructureTable, pack_atoms: int) -> Iterator[StructureTable]:
-    """Yield consecutive structures of at most `pack_atoms` atoms in all, or one larger structure."""
-    offsets, start = table.offsets, 0
-    while start < len(table):
-        stop = int(np.searchsorted(offsets, offsets[start] + pack_atoms, "right")) - 1
-        yield table.part(start, max(start + 1, stop))
-        start = max(start + 1, stop)
+def cut_packs(num_atoms: NDArray[np.integer], pack_atoms: int = PACK_ATOMS) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of consecutive structures of at most `pack_atoms` atoms in all, or of one larger structure."""
+    offsets, start = offsets_of(num_atoms), 0
+    while start < len(num_atoms):
+        stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + pack_atoms, "right")) - 1)
+        yield start, stop
+        start = stop
 
 
 def read_packs(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -117,21 +136,50 @@ def file_sha256(path: Path) -> str:
 
 
 def write_beside(path: Path, data: bytes) -> None:
-    """Write `data` to a neighbour of `path`, flush it to disk and move it into place: no reader sees half a file."""
+    """Write `data` to `path` as `writing_beside` does."""
+    with writing_beside(path) as file:
+        file.write(data)
+
+
+class HashedFile:
+    """A file that is being written, with the digest and the size of what is in it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+
+@contextmanager
+def writing_beside(path: Path) -> Iterator[HashedFile]:
+    """Give a neighbour of `path` to write; flush it to disk and move it into place: no reader sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(data)
+        yield HashedFile(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
+def write_tar(file: HashedFile, contents: Iterable[tuple[str, bytes]]) -> None:
+    """Write an uncompressed tar of (name, content): no owners, no times, so that the bytes depend on these alone."""
+    for name, data in contents:
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        file.write(data)
+        file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+    file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end mark
+    file.write(bytes(-file.size % tarfile.RECORDSIZE))
+
+
 def tar_bytes(contents: Iterable[tuple[str, bytes]]) -> bytes:
-    """Return an uncompressed tar of (name, content): no owners, no times, so that the bytes depend on these alone."""
+    """Return what `write_tar` writes."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in contents:
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
+    write_tar(HashedFile(buffer), contents)
     return buffer.getvalue()

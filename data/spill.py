@@ -76,7 +76,8 @@ def read_spill(path: Path, start: int, stop: int) -> tuple[StructureTable, Hashe
             if name in ("key_offsets", "group_offsets"):
                 offsets = file.get_slice(name)[start : stop + 1]
                 text = name.removesuffix("_offsets")
-                arrays[text] = file.get_slice(text)[offsets[0] : offsets[-1]]
+                empty = offsets[0] == offsets[-1]  # of which safetensors gives no slice
+                arrays[text] = np.zeros(0, np.uint8) if empty else file.get_slice(text)[offsets[0] : offsets[-1]]
                 arrays[name] = offsets - offsets[0]
             else:
                 kind = LABEL_KINDS.get(name.partition(".")[0])

@@ -94,7 +94,7 @@ class LabelSums:
             residual=float(residual.sum()),
             residual_squared=float((residual**2).sum()),
             num_components=forces.size,
-            force_squared=float(forces @ forces),
+            force_squared=float(np.square(forces).sum()),
             force_max=float(np.abs(forces).max(initial=0.0)),
         )
 

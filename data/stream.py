@@ -98,13 +98,16 @@ class LabelReader:
                 found[low - start : high - start] = True
         return StructureTable.concatenate(tables), found
 
-    def tables(self) -> Iterator[StructureTable]:
-        """Yield all labelled structures in the order of the shards, a pack at a time."""
+    def every(self, step: int, first: int = 0) -> Iterator[StructureTable]:
+        """Yield labelled structures first, first + step, ... in the order of the shards, reading only their packs."""
+        begin = 0  # of the pack, among all labelled structures
         for shard, offsets in enumerate(self._packs):
-            for pack in np.flatnonzero(np.diff(offsets)).tolist():
-                table = self._pack(shard, pack)
+            for pack, count in enumerate(np.diff(offsets).tolist()):
+                rows = np.arange((first - begin) % step if begin > first else first - begin, count, step)
+                begin += count
+                table = self._pack(shard, pack) if len(rows) else None
                 if table is not None:
-                    yield table
+                    yield table.take(rows)
 
     def _pack(self, shard: int, pack: int) -> StructureTable | None:
         opened = self._open_shard(shard)
@@ -322,22 +325,21 @@ def epoch_structures(
     fidelity: str,
     split: str,
     *,
+    every: int = 1,
     rank: int = 0,
     world: int = 1,
     max_bad: int = 0,
     shard_url: str = "",
     remote: RemoteConfig = RemoteConfig(),  # noqa: B008 (frozen)
 ) -> Iterator[Structure]:
-    """Yield every structure of a split that carries `fidelity` once, in the order of the shards: for evaluation.
+    """Yield each `every`-th structure of a split that carries `fidelity`, once, in the order of the shards.
 
     Of `world` callers each gets its own structures (maybe none) and together they get all.
     """
     _check_rank(rank, world)
     reader = LabelReader(dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url, remote=remote)
-    first = 0
-    for table in reader.tables():
-        yield from table.take(np.arange((rank - first) % world, len(table), world))
-        first += len(table)
+    for table in reader.every(every * world, every * rank):
+        yield from table
 
 
 def _readable_members(file: BinaryIO, source: str) -> tuple[list[Member], str]:

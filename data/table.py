@@ -71,8 +71,9 @@ class Strings:
         return Strings(self.text[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def take(self, index: NDArray[np.integer]) -> Strings:
-        lengths = np.diff(self.offsets)[index]
-        return Strings(self.text[ragged_index(self.offsets[:-1][index], lengths)], offsets_of(lengths))
+        starts = self.offsets[index]
+        lengths = self.offsets[index + 1] - starts
+        return Strings(self.text[ragged_index(starts, lengths)], offsets_of(lengths))
 
 
 @dataclass(frozen=True)
@@ -234,18 +235,16 @@ class StructureTable:
     def take(self, index: NDArray[np.integer]) -> StructureTable:
         """Return the structures at `index`, in that order; copies."""
         num_atoms = self.num_atoms[index]
-        atoms = ragged_index(self.offsets[:-1][index], num_atoms)
+        atoms = ragged_index(self.offsets[index], num_atoms)
+        rows = {True: atoms, False: index}
         return StructureTable(
             keys=self.keys.take(index),
             groups=self.groups.take(index),
             num_atoms=num_atoms,
-            numbers=self.numbers[atoms],
-            positions=self.positions[atoms],
-            cell=self.cell[index],
-            pbc=self.pbc[index],
-            charge=self.charge[index],
-            multiplicity=self.multiplicity[index],
-            labels={n: array[atoms if _kind(n).per_atom else index] for n, array in self.labels.items()},
+            # ndarray.take copies whole rows, at a quarter of the cost of an index in brackets.
+            labels={name: array.take(rows[_kind(name).per_atom], axis=0) for name, array in self.labels.items()},
+            **{name: getattr(self, name).take(index, axis=0) for name in ("cell", "pbc", "charge", "multiplicity")},
+            **{name: getattr(self, name).take(atoms, axis=0) for name in ("numbers", "positions")},
         )
 
     def part(self, start: int, stop: int) -> StructureTable:
@@ -419,7 +418,7 @@ def _shaped(name: str, array: Array, shape: tuple[int, ...]) -> Array:
 def _per_structure(name: str, value: ArrayLike, dtype: type[np.generic], shape: tuple[int, ...]) -> Array:
     array = np.asarray(value, dtype)
     if array.ndim < len(shape) and array.shape in ((), shape[1:]):
-        return np.array(np.broadcast_to(array, shape))
+        return np.array(np.broadcast_to(array, shape), order="C")  # else structures would lie innermost
     return _shaped(name, array, shape)
 
 

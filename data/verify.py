@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.data.manifest import FidelityEntry, Manifest, read_manifest, resolve_dataset
+from rung.data.manifest import Manifest, read_manifest, resolve_dataset
 from rung.data.pack import decode
 from rung.data.shard import ShardInfo, check_pack, file_sha256, read_packs
 from rung.data.structure import MAX_ATOMIC_NUMBER
@@ -145,12 +145,10 @@ def _add_packs(file: BinaryIO, scan: _Scan, digest: hashlib._Hash) -> list[str]:
     finally:
         file.seek(0)
     reasons = []
-    position = 0
     for name, offset, size in found:
-        for length in (offset - position, size):
-            data = file.read(length)
-            digest.update(data)
-        position = offset + size
+        digest.update(file.read(offset - file.tell()))  # padding and header
+        data = file.read(size)
+        digest.update(data)
         try:
             scan.add(_valid(name, data, scan.shard.file))
         except ValueError as error:
@@ -253,7 +251,7 @@ def _text(folder: Path, scan: _Scan, row: int, column: str) -> str:
 def _label_faults(manifest: Manifest, scans: Sequence[_Scan]) -> list[str]:
     stated: Counter[tuple[str, str, str]] = Counter()
     for name, entry in manifest.fidelities.items():
-        for what, counts in _stated_counts(entry).items():
+        for what, counts in (("energies", entry.num_energies), ("forces", entry.num_forces)):
             stated.update({(name, what, split): count for split, count in counts.items()})
     found: Counter[tuple[str, str, str]] = Counter()
     for scan in scans:
@@ -264,10 +262,6 @@ def _label_faults(manifest: Manifest, scans: Sequence[_Scan]) -> list[str]:
         if stated[place] != found[place]
         for fidelity, what, split in [place]
     ]
-
-
-def _stated_counts(entry: FidelityEntry) -> dict[str, dict[str, int]]:
-    return {"energies": entry.num_energies, "forces": entry.num_forces}
 
 
 def _element_faults(manifest: Manifest, scans: Sequence[_Scan]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +18,7 @@ VERBS = {
     "quickstart": ("rung.launch.quickstart", "pretrain, fine-tune and compare on the built-in data"),
 }
 EXIT_BAD_INPUT = 2
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 
@@ -27,6 +29,9 @@ def run_module(module_name: str, prog: str, argv: Sequence[str]) -> int:
         parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
         module.add_arguments(parser)
         return int(module.run(parse(parser, argv)))
+    except BrokenPipeError:  # `rung ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor shall the exit complain
+        return EXIT_BROKEN_PIPE
     except (ValueError, OSError) as error:  # an OSError names the file, the host or the process and says what is wrong
         print(f"{prog}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

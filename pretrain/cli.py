@@ -88,6 +88,7 @@ def _dry_run(config: PretrainConfig, world: int) -> None:
     print(f"{sum(parameter.numel() for parameter in potential.parameters())} parameters")
     print(f"kernels {potential.kernels()}")
     for name, task in zip(plan.task_names, plan.tasks, strict=True):
-        structure = next(epoch_structures(task.dataset, task.fidelity, "train"))
+        split = epoch_structures(task.dataset, task.fidelity, "train", shard_url=task.shard_url, remote=task.remote)
+        structure = next(split)
         potential.check_domain(structure.numbers.tolist(), task.fidelity, structure.charge, structure.multiplicity)
         print(f"first structure of {name}: '{structure.key}', {structure.num_atoms} atoms")

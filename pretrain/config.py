@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rung.data.fetch import RemoteConfig
 from rung.data.fidelity import check_name
 from rung.model.loss import LossConfig
 
@@ -22,6 +23,7 @@ class TaskConfig:
     weight: float | None = None  # share of the structures; None: from label counts and data.temperature
     energy_weight: float = 1.0  # multiplies loss.energy_weight for this task's structures
     forces_weight: float = 1.0
+    shard_url: str = ""  # where the shards are, if not beside the manifest: 'https://host/{file}' or 'pipe:cmd {file}'
 
     def __post_init__(self) -> None:
         check_name(self.fidelity)
@@ -42,6 +44,7 @@ class DataConfig:
     num_workers: int = 0  # loader processes per stream; 0: batches are made in the training process
     prefetch: int = 2  # batches prepared ahead by each worker
     max_bad: int = 0  # corrupt packs tolerated before the run stops
+    remote: RemoteConfig = field(default_factory=RemoteConfig)  # cache, time-out and retries of a task's shard_url
 
     def __post_init__(self) -> None:
         for name in ("max_atoms", "max_edges", "prefetch"):

@@ -33,8 +33,15 @@ class Evaluation:
             labels = max(counts.get(config.split, 0) for counts in (entry.num_energies, entry.num_forces))
             # Evenly spaced over the split, since neighbours are geometries of one molecule; the same on every rank.
             spacing = max(1, labels // config.max_structures)
-            everything = epoch_structures(task.dataset, task.fidelity, config.split)
-            found = list(islice(everything, 0, spacing * config.max_structures, spacing))
+            spaced = epoch_structures(
+                task.dataset,
+                task.fidelity,
+                config.split,
+                every=spacing,
+                shard_url=task.shard_url,
+                remote=task.remote,
+            )
+            found = list(islice(spaced, config.max_structures))
             if not found:
                 raise ValueError(
                     f"task {name}: expected labels in split '{config.split}', found none; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rung.data.fidelity import Fidelity
@@ -48,7 +48,11 @@ def make_plan(config: PretrainConfig, world: int) -> Plan:
     names = [task.dataset for task in config.tasks]
     manifests = {name: read_manifest(name) for name in dict.fromkeys(names)}
     entries = [manifests[task.dataset].entry(task.fidelity) for task in config.tasks]
-    plain = [Task(task.dataset, task.fidelity, 1.0, task.energy_weight, task.forces_weight) for task in config.tasks]
+    remote = config.data.remote
+    plain = [
+        Task(task.dataset, task.fidelity, 1.0, task.energy_weight, task.forces_weight, task.shard_url, remote)
+        for task in config.tasks
+    ]
     counts = label_counts(plain)
     task_names = tuple(f"{manifests[task.dataset].name}/{task.fidelity}" for task in config.tasks)
     for name, entry, count in zip(task_names, entries, counts, strict=True):
@@ -60,10 +64,7 @@ def make_plan(config: PretrainConfig, world: int) -> Plan:
     weights = [weight / sum(given) for weight in given] or mixing_weights(counts, config.data.temperature)
     reptile = config.mode == "reptile"
     steps_per_round = config.reptile.inner_steps * config.reptile.tasks_per_outer if reptile else 1
-    tasks = tuple(
-        Task(task.dataset, task.fidelity, weight, task.energy_weight, task.forces_weight)
-        for task, weight in zip(plain, weights, strict=True)
-    )
+    tasks = tuple(replace(task, weight=weight) for task, weight in zip(plain, weights, strict=True))
     return Plan(
         world=world,
         tasks=tasks,

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from rung.data.reference_energy import EXTREME_DEVIATION, SUSPICIOUS_Z
-from rung.data.report.result import Conflict, Consistency, DatasetReport, Duplicates, FidelityReport, Finding, Shared
+from rung.data.report.result import (
+    Conflict,
+    Consistency,
+    DatasetReport,
+    Duplicates,
+    ElementCounts,
+    FidelityReport,
+    Finding,
+    Shared,
+)
 from rung.data.units import BOHR, HARTREE, HARTREE_BOHR, KCAL_MOL, KJ_MOL
 
 FEW_STRUCTURES = 10  # with an element; fewer teach a model nothing about it
@@ -26,35 +35,48 @@ _SLOPES: dict[float, str] = {
     KJ_MOL: "forces look like kJ/(mol angstrom); multiply them by 0.010364",
     1 / BOHR: "forces look like eV/bohr; multiply them by 1.8897",
     BOHR: "positions look like bohr, or forces were divided by bohr twice",
-    0.5: "energies look halved (Rydberg taken for Hartree), or forces doubled",
-    2.0: "forces look halved (Rydberg taken for Hartree), or energies doubled",
+    0.5: "energies look halved (Hartree converted as Rydberg), or forces doubled (Rydberg converted as Hartree)",
+    2.0: "forces look halved (Hartree converted as Rydberg), or energies doubled (Rydberg converted as Hartree)",
 }
 # Atoms without relativity, Hartree (S. J. Chakravorty et al., Phys. Rev. A 47, 3649 (1993)): all-electron energies per
 # element lie within a few per cent of them, whatever the method.
-_ATOMS = {"C": -37.845, "N": -54.589, "O": -75.067, "F": -99.734, "Si": -289.359, "P": -341.259, "S": -398.110}
-_ATOMS |= {"Cl": -460.148}
-_ENERGY_UNITS = {1 / HARTREE: "Hartree", 1 / KCAL_MOL: "kcal/mol", 1 / KJ_MOL: "kJ/mol"}
+_HYDROGEN = -0.5  # of which energies per element in molecules are a fifth off
+_HEAVY_ATOMS = {
+    "C": -37.845,
+    "N": -54.589,
+    "O": -75.067,
+    "F": -99.734,
+    "Si": -289.359,
+    "P": -341.259,
+    "S": -398.110,
+    "Cl": -460.148,
+}
+_ENERGY_UNITS = {"Hartree": HARTREE, "kcal/mol": KCAL_MOL, "kJ/mol": KJ_MOL}  # eV
 
 
 def findings(datasets: Sequence[DatasetReport], duplicates: Duplicates) -> list[Finding]:
-    """Return what is wrong or worth a look, problems first."""
-    found = [_shared_finding(shared) for shared in duplicates.shared]
+    """Return what is wrong or worth a look: problems first, and of these units first, which can cause the others."""
+    levels = [
+        (dataset, f"{dataset.name}, {name}", fidelity)
+        for dataset in datasets
+        for name, fidelity in dataset.fidelities.items()
+    ]
+    found = [finding for dataset, place, level in levels for finding in _unit_findings(place, level, dataset.elements)]
+    found += [_shared_finding(shared) for shared in duplicates.shared]
     found += [_conflict_finding(conflict) for conflict in duplicates.conflicts]
-    for place, count in duplicates.repeats.items():
-        found.append(
-            Finding(
-                "note",
-                f"{place}: {_structures(count)} {_verb(count, 'repeats', 'repeat')} a geometry that the split already "
-                "has and so counts more than once; drop them if that is not wanted.",
-            )
-        )
-    for dataset in datasets:
-        for name, fidelity in dataset.fidelities.items():
-            place = f"{dataset.name}, {name}"
-            found += _label_findings(place, fidelity)
-            found += _unit_findings(place, fidelity)
-            found += _outlier_findings(place, fidelity)
+    found += [finding for _, place, level in levels for finding in _outlier_findings(place, level)]
+    found += [_repeats_finding(duplicates.repeats)] if duplicates.repeats else []
+    found += [finding for _, place, level in levels for finding in _label_findings(place, level)]
     return sorted(found, key=lambda finding: finding.level != "problem")
+
+
+def _repeats_finding(repeats: Mapping[str, int]) -> Finding:
+    counts = _list([f"{count} in {place}" for place, count in repeats.items()])
+    return Finding(
+        "note",
+        f"structures that repeat a geometry which their split already has: {counts}; each of them counts anew, drop "
+        "them if that is not wanted.",
+    )
 
 
 def _shared_finding(shared: Shared) -> Finding:
@@ -125,33 +147,39 @@ def _outlier_findings(place: str, fidelity: FidelityReport) -> Iterator[Finding]
     )
 
 
-def _unit_findings(place: str, fidelity: FidelityReport) -> Iterator[Finding]:
-    if unit := energy_unit(fidelity.e0_fit, fidelity.e0_note):
-        yield Finding("problem", f"{place}: energies look like {unit}, not eV, from the energies per element; convert.")
-    fit = fidelity.consistency
-    if fit.slope is not None and fit.pairs >= FEW_PAIRS:
-        yield from _slope_findings(place, fit)
-    elif fidelity.force_rms is not None and not _FORCE_RMS[0] < fidelity.force_rms < _FORCE_RMS[1]:
-        guess = "Hartree/bohr or relaxed structures" if fidelity.force_rms < 1 else "kcal/(mol angstrom)"
-        yield Finding(
-            "note",
-            f"{place}: forces of {fidelity.force_rms:.3g} eV/angstrom RMS are unusual, and no close geometries are "
-            f"there to check them; are they {guess}?",
-        )
-
-
-def _slope_findings(place: str, fit: Consistency) -> Iterator[Finding]:
-    slope, correlation = fit.slope or 0.0, fit.correlation or 0.0
-    where = (
-        f"{place}: over {fit.pairs} pairs of close geometries dE = {slope:.4g} (-F.dR), correlation {correlation:.3f}"
-    )
-    if abs(correlation) < _FIT:
+def _unit_findings(place: str, fidelity: FidelityReport, elements: Mapping[str, ElementCounts]) -> Iterator[Finding]:
+    atoms = {symbol: counts.atoms for symbol, counts in elements.items()}
+    unit = energy_unit(fidelity.e0_fit, atoms, fidelity.e0_note)
+    if unit:
         yield Finding(
             "problem",
-            f"{where}: forces are not the gradient of the energy; are both of one level and one order of atoms?",
+            f"{place}: energies look like {unit}, not eV, from the energies per element; multiply them by "
+            f"{_ENERGY_UNITS[unit]:.6g}.",
         )
+    fit, rms = fidelity.consistency, fidelity.force_rms
+    wrong = None if fit.slope is None or fit.pairs < FEW_PAIRS else _slope_finding(place, fit, unit)
+    if wrong:
+        yield wrong
+    elif rms is not None and not _FORCE_RMS[0] < rms < _FORCE_RMS[1]:
+        guess = "Hartree/bohr, or of relaxed structures" if rms < 1 else "kcal/(mol angstrom)"
+        yield Finding("note", f"{place}: forces of {rms:.3g} eV/angstrom RMS are unusual; are they {guess}?")
+
+
+def _slope_finding(place: str, fit: Consistency, unit: str) -> Finding | None:
+    """Return what is wrong with the forces, once the energies are converted from `unit` ("" when they are in eV)."""
+    slope, correlation = (fit.slope or 0.0) * _ENERGY_UNITS.get(unit, 1.0), fit.correlation or 0.0
+    if abs(correlation) < _FIT:
+        wrong = "forces are not the gradient of the energy; are both of one level and one order of atoms?"
     elif abs(slope - 1) > _MATCH:
-        yield Finding("problem", f"{where}: {slope_meaning(slope)}.")
+        wrong = slope_meaning(slope) + "."
+    else:
+        return None
+    converted = f", once converted from {unit}" if unit else ""
+    return Finding(
+        "problem",
+        f"{place}: over {fit.pairs} pairs of close geometries the energy changes by {slope:.4g} times -F.dR"
+        f"{converted} (correlation {correlation:.3f}): {wrong}",
+    )
 
 
 def slope_meaning(slope: float) -> str:
@@ -164,13 +192,22 @@ def slope_meaning(slope: float) -> str:
     return f"energies and forces differ by a factor of {slope:.4g} that is no unit's; look for it in the conversion"
 
 
-def energy_unit(energies: Mapping[str, float], note: str = "") -> str:
-    """Return the unit other than eV in which energies per element look like all-electron energies, or ""."""
-    ratios = [energies[symbol] / (HARTREE * value) for symbol, value in _ATOMS.items() if symbol in energies]
-    if note or not ratios:
+def energy_unit(energies: Mapping[str, float], atoms: Mapping[str, int], note: str = "") -> str:
+    """Return the unit other than eV in which energies per element look like all-electron energies, or "".
+
+    `atoms` counts the atoms of each element, and `note` says that the single energies are not determined: then their
+    sum over all atoms is looked at, which is.
+    """
+    groups = [list(energies)] if note else [[symbol] for symbol in energies if symbol in _HEAVY_ATOMS]
+    known = {"H": _HYDROGEN, **_HEAVY_ATOMS}
+    if not any(symbol in _HEAVY_ATOMS for symbol in energies) or any(s not in known for group in groups for s in group):
         return ""
-    for factor, unit in _ENERGY_UNITS.items():
-        if all(abs(ratio / factor - 1) < _MATCH for ratio in ratios):
+    ratios = [
+        sum(atoms[s] * energies[s] for s in group) / sum(atoms[s] * known[s] * HARTREE for s in group)
+        for group in groups
+    ]
+    for unit, size in _ENERGY_UNITS.items():
+        if all(abs(ratio * size - 1) < _MATCH for ratio in ratios):
             return unit
     return ""
 

@@ -8,11 +8,11 @@ the neighbours within CUTOFF with a smooth weight, divided by one plus the sum o
 equals its cell. Mirror images have the same distances and count as equal. Charge, multiplicity, periodic directions and
 composition must be the same.
 
-`sketch` averages these numbers over the atoms: cheap to keep for every structure. `profile` keeps them apart, sorted
-within each element, with the sorted distances of molecules: this confirms. `near` and `twins` search without loss at
-the boundaries of buckets: structures are hashed on G of their numbers in G + 1 grids, each shifted by one tolerance,
-where a cell is G + 1 tolerances wide; each number can separate two equal structures in one of the grids only, so that
-one grid is left where none does.
+`profile` keeps two of these numbers, sorted within each element, as means over 32 equal shares of the atoms, with the
+sorted distances of molecules: this confirms. `sketch` is five of the shares: cheap to keep for every structure. `near`
+and `twins` search without loss at the boundaries of buckets: structures are hashed on G of their numbers in G + 1
+grids, each shifted by one tolerance, where a cell is G + 1 tolerances wide; each number can separate two equal
+structures in one of the grids only, so that one grid is left where none does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
-from vesin import NeighborList
 
 from rung.data.structure import MAX_ATOMIC_NUMBER
 from rung.data.table import StructureTable, offsets_of, pair_grid
@@ -39,6 +38,7 @@ _NUM = 1 + len(_WAVES)  # numbers per atom
 _GRID = 4  # of them make the cells of the grids; the last one is sorted
 _PROFILED = (0, 2)  # the numbers that `profile` keeps
 _RUNS = 32  # shares; up to 32 atoms and, in molecules of up to 8 atoms, distances are kept one by one
+_SKETCHED = (0, 8, 16, 24, 31)  # of the shares: single atoms differ more between frames than their mean does
 _PROFILE_PAIRS = 1 << 20  # distances sorted at a time
 _BLOCK_PAIRS = 1 << 16  # distances at a time: they stay in cache
 _EVERY_PAIR = 32  # twins of up to so many equal structures are all paired; of more, each has at least one pair
@@ -79,9 +79,8 @@ def composition_keys(table: StructureTable, counts: NDArray[np.int32]) -> NDArra
 
 
 def sketch(table: StructureTable, numbers: Floats) -> Floats:
-    """Return the mean of `numbers` (of `environments`) over the atoms of each structure, [M, 5]."""
-    sums = np.add.reduceat(numbers, table.offsets[:-1], axis=0) if len(table) else numbers[:0]
-    return (sums / table.num_atoms[:, None]).astype(np.float32)
+    """Return five values of each structure's `profile`, of the first of the `numbers` of `environments`, [M, 5]."""
+    return np.ascontiguousarray(_shares(numbers[:, 0], table.numbers, table.structure, table.num_atoms)[:, _SKETCHED])
 
 
 def profile(table: StructureTable, numbers: Floats) -> Floats:
@@ -168,6 +167,8 @@ def _distances(positions: Floats) -> Floats:
 
 
 def _local_environments(table: StructureTable, index: int, atoms: slice) -> Floats:
+    from vesin import NeighborList  # here, because it imports torch; see rung.data.graph
+
     neighbours = NeighborList(cutoff=CUTOFF, full_list=True, sorted=False, n_threads=1)
     positions, cell = table.positions[atoms].astype(np.float64), table.cell[index].astype(np.float64)
     try:

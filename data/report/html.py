@@ -32,7 +32,8 @@ ul.findings b { color: var(--note); } ul.findings li.problem b { color: var(--pr
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; margin: .5rem 0; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { color: var(--quiet); font-weight: 600; } th.words, td.words { text-align: left; }
+th:first-child, td:first-child { padding-left: 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1rem; }
 figure { margin: 0; background: var(--card); padding: .5rem; border-radius: .4rem; max-width: 30rem; }
 """
@@ -52,7 +53,9 @@ def write_report(report: Report, folder: str | Path) -> None:
 def to_html(report: Report) -> str:
     """Return the whole page."""
     title = "Dataset report: " + ", ".join(dataset.name for dataset in report.datasets)
-    parts = [f"<h1>{escape(title)}</h1>", _findings(report.findings)]
+    parts = [f"<h1>{escape(title)}</h1>"]
+    parts += [f"<p><b>{escape(dataset.name)}</b>: {escape(dataset.summary)}</p>" for dataset in report.datasets]
+    parts += [f"<h2>Findings: {report.tally}</h2>", _findings(report.findings)]
     for dataset in report.datasets:
         parts += _dataset(dataset)
         for name, fidelity in dataset.fidelities.items():
@@ -127,7 +130,7 @@ def _fidelity(name: str, fidelity: FidelityReport) -> Iterable[str]:
 def _duplicates(duplicates: Duplicates) -> Iterable[str]:
     yield "<h2>Duplicates</h2>"
     yield (
-        f"<p>{duplicates.geometries} geometries occur more than once, {duplicates.across} of them in more than one "
+        f"<p>{duplicates.geometries:,} geometries occur more than once, {duplicates.across:,} of them in more than one "
         "split or dataset.</p>"
     )
     yield _quiet(
@@ -175,14 +178,18 @@ def _plots(plots: Sequence[tuple[Histogram | None, str, str, bool]]) -> str:
 def _outside(histogram: Histogram) -> str:
     if not histogram.below + histogram.above:
         return ""
-    return f"<figcaption>not shown: {histogram.below} below, {histogram.above} above</figcaption>"
+    return f"<figcaption>not shown: {histogram.below:,} below, {histogram.above:,} above</figcaption>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table whose columns of words are set to the left, of numbers to the right."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(text)}</th>" for text in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    kinds = [' class="words"' if any(map(str.isalpha, text)) else "" for text in texts[0]]
+    head = "".join(f"<th{kind}>{escape(text)}</th>" for kind, text in zip(kinds, header, strict=True))
+    lines = ("".join(f"<td{k}>{escape(text)}</td>" for k, text in zip(kinds, row, strict=True)) for row in texts)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 

@@ -38,7 +38,8 @@ Array = NDArray[Any]
 
 _BINS = 60
 _SPAN = 5.0  # standard deviations on either side that a histogram shows
-_NORM_EDGES = np.logspace(-4, 3, _BINS - 3)  # eV/angstrom, eight bins a decade
+_PER_DECADE = 8  # bins of force norms
+_NORM_EDGES = np.logspace(-4, 3, 7 * _PER_DECADE + 1)  # eV/angstrom
 _KEPT_OUTLIERS = 10
 _FIT_STRUCTURES = 50_000  # energies of one fidelity whose outliers are looked for together
 _MAX_SIZE = 1 << 20  # atoms; larger structures count as of this size
@@ -202,9 +203,8 @@ class _Tally:
             tally.add(name, table, counts, split)
         self._add_differences(table, counts)
         self.close.add(table)
-        numbers = fingerprint.environments(table)
         self.keys.append(fingerprint.composition_keys(table, counts))
-        self.sketches.append(fingerprint.sketch(table, numbers))
+        self.sketches.append(fingerprint.sketch(table, fingerprint.environments(table)))
 
     def _add_differences(self, table: StructureTable, counts: NDArray[np.int32]) -> None:
         energies = {
@@ -264,7 +264,7 @@ def _fidelity_report(name: str, manifest: Manifest, tally: _Tally) -> FidelityRe
         force_max=entry.force_max,
         energies=found.histograms.get("energies"),
         components=found.histograms.get("components"),
-        norms=found.histograms.get("norms"),
+        norms=_whole_decades(found.histograms.get("norms")),
         num_outliers=found.num_outliers,
         outliers=found.outliers,
         consistency=tally.close.consistency(name),
@@ -273,6 +273,15 @@ def _fidelity_report(name: str, manifest: Manifest, tally: _Tally) -> FidelityRe
 
 def _by_symbol(energies: dict[int, float]) -> dict[str, float]:
     return {chemical_symbols[z]: value for z, value in energies.items()}
+
+
+def _whole_decades(norms: Histogram | None) -> Histogram | None:
+    """Return the histogram of force norms without the empty decades on either side."""
+    if norms is None or not any(norms.counts):
+        return norms
+    decades = np.flatnonzero(norms.counts) // _PER_DECADE
+    start, stop = int(decades[0]) * _PER_DECADE, int(decades[-1] + 1) * _PER_DECADE
+    return replace(norms, edges=norms.edges[start : stop + 1], counts=norms.counts[start:stop])
 
 
 def _size_histogram(sizes: Counter[int]) -> Histogram:

@@ -122,6 +122,21 @@ class DatasetReport:
     sizes: Histogram  # atoms per structure
     fidelities: dict[str, FidelityReport]
 
+    @property
+    def size_range(self) -> tuple[int, int]:
+        """Atoms of the smallest and the largest structure, the latter rounded up to the end of its bin."""
+        return int(self.sizes.edges[0] + 0.5), int(self.sizes.edges[-1] - 0.5)
+
+    @property
+    def summary(self) -> str:
+        """What the dataset is, in one line."""
+        structures = sum(split.structures for split in self.splits.values())
+        low, high = self.size_range
+        return (
+            f"{structures:,} structures of {low} to {high} atoms; elements {', '.join(self.elements)}; "
+            f"level{'s' * (len(self.fidelities) != 1)} of theory {', '.join(self.fidelities)}"
+        )
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -169,3 +184,10 @@ class Report:
     datasets: list[DatasetReport]
     duplicates: Duplicates
     offsets: list[Offset]
+
+    @property
+    def tally(self) -> str:
+        """How many problems and notes there are."""
+        problems = sum(finding.level == "problem" for finding in self.findings)
+        notes = len(self.findings) - problems
+        return f"{problems} problem{'s' * (problems != 1)}, {notes} note{'s' * (notes != 1)}"

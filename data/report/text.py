@@ -13,8 +13,9 @@ _LEVELS = " .:-=+*#%@"
 
 
 def to_text(report: Report) -> str:
-    """Return the whole report as lines of text, findings first."""
-    lines = _finding_lines(report)
+    """Return the whole report as lines of text: what the datasets are, the findings, then the details."""
+    lines = [line for dataset in report.datasets for line in _paragraph(f"{dataset.name}: ", dataset.summary)]
+    lines += ["", *_finding_lines(report)]
     for dataset in report.datasets:
         lines += ["", *_dataset_lines(dataset)]
         for name, fidelity in dataset.fidelities.items():
@@ -25,7 +26,7 @@ def to_text(report: Report) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], indent: int = 4) -> list[str]:
     """Return aligned columns: the first to the left, the others, numbers, to the right."""
-    texts = [[*map(str, row)] for row in [header, *rows]]
+    texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
     return [
         " " * indent
@@ -35,31 +36,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], indent: int =
 
 
 def _finding_lines(report: Report) -> list[str]:
-    problems = sum(finding.level == "problem" for finding in report.findings)
-    lines = [f"findings: {problems} problems, {len(report.findings) - problems} notes"]
+    lines = [f"findings: {report.tally}"]
     for finding in report.findings:
-        head = f"  {finding.level:<8}"
-        lines += textwrap.wrap(finding.text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+        lines += _paragraph(f"  {finding.level:<8}", finding.text, 10)
     return lines
+
+
+def _paragraph(head: str, text: str, indent: int = 4) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * indent)
 
 
 def _dataset_lines(dataset: DatasetReport) -> list[str]:
     lines = [
         f"dataset {dataset.name}, version {dataset.version}, licence {dataset.licence or 'not stated'}",
-        *textwrap.wrap(
-            f"source: {dataset.source or 'not stated'}", WIDTH, initial_indent="  ", subsequent_indent="    "
-        ),
+        *_paragraph("  source: ", dataset.source or "not stated"),
     ]
     header = ["split", "structures", "atoms", f"edges({dataset.cutoff:g} A)", "packs", "shards"]
     rows = [[n, s.structures, s.atoms, s.edges, s.packs, s.shards] for n, s in dataset.splits.items()]
     lines += table(header, rows, 2)
-    sizes = dataset.sizes
-    lines.append(f"  atoms per structure: {_range(sizes)}  |{spark(sizes)}|")
+    low, high = dataset.size_range
+    lines.append(f"  atoms per structure: {low} |{spark(dataset.sizes)}| {high}")
     return lines + _element_lines(dataset)
-
-
-def _range(sizes: Histogram) -> str:
-    return f"{int(sizes.edges[0] + 0.5)} to {int(sizes.edges[-1] - 0.5)}"
 
 
 def _element_lines(dataset: DatasetReport) -> list[str]:
@@ -84,7 +81,7 @@ def _fidelity_lines(name: str, fidelity: FidelityReport) -> list[str]:
     lines = [f"  fidelity {name} ({fidelity.level or 'method not stated'})"]
     titles = {"energy": "energies"}
     for kind, counts in fidelity.labels.items():
-        lines.append(f"    {titles.get(kind, kind)}: " + ", ".join(f"{s} {count}" for s, count in counts.items()))
+        lines.append(f"    {titles.get(kind, kind)}: " + ", ".join(f"{s} {count:,}" for s, count in counts.items()))
     if fidelity.e0:
         lines += _e0_lines(fidelity)
     if fidelity.energies:
@@ -92,9 +89,9 @@ def _fidelity_lines(name: str, fidelity: FidelityReport) -> list[str]:
     if fidelity.force_rms is not None:
         lines.append(f"    forces in eV/angstrom: RMS {fidelity.force_rms:.4f}, largest {fidelity.force_max or 0:.2f}")
     if fidelity.components:
-        lines.append(_histogram_line("force components", fidelity.components))
+        lines.append(_histogram_line("force component, eV/A", fidelity.components))
     if fidelity.norms:
-        lines.append(_histogram_line("force norms, log", fidelity.norms))
+        lines.append(_histogram_line("force norm, eV/A, log", fidelity.norms))
     fit = fidelity.consistency
     if fit.slope is not None and fit.correlation is not None:
         told = f"slope {fit.slope:.4f}, correlation {fit.correlation:.4f} over {fit.pairs} pairs of close geometries"
@@ -120,14 +117,13 @@ def _e0_lines(fidelity: FidelityReport) -> list[str]:
 
 
 def _wrapped(head: str, energies: Mapping[str, float]) -> list[str]:
-    text = head + ", ".join(f"{symbol} {value:.4f}" for symbol, value in energies.items())
-    return textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ")
+    return _paragraph(f"    {head}", ", ".join(f"{symbol} {value:.4f}" for symbol, value in energies.items()), 6)
 
 
 def _histogram_line(title: str, histogram: Histogram) -> str:
     outside = histogram.below + histogram.above
-    rest = f" ({outside} outside)" if outside else ""
-    return f"    {title:<20}{histogram.edges[0]:>8.3g} |{spark(histogram)}| {histogram.edges[-1]:.3g}{rest}"
+    rest = f" ({outside:,} outside)" if outside else ""
+    return f"    {title:<22}{histogram.edges[0]:>8.3g} |{spark(histogram)}| {histogram.edges[-1]:.3g}{rest}"
 
 
 def spark(histogram: Histogram, columns: int = 30) -> str:
@@ -139,21 +135,21 @@ def spark(histogram: Histogram, columns: int = 30) -> str:
 
 
 def _duplicate_lines(duplicates: Duplicates) -> list[str]:
-    head = f"duplicate geometries: {duplicates.geometries}, of which across splits or datasets: {duplicates.across}"
-    lines = [head]
+    lines = [
+        f"duplicate geometries: {duplicates.geometries:,}, of which across splits or datasets: {duplicates.across:,}"
+    ]
     if duplicates.geometries:
         lines.append("  (equal up to rotation, reflection, translation and the order of like atoms, to 0.001 angstrom)")
     for shared in duplicates.shared:
         a, b = f"{shared.dataset_a}/{shared.split_a}", f"{shared.dataset_b}/{shared.split_b}"
-        lines.append(f"  {a} and {b}: {shared.geometries}")
+        lines.append(f"  {a} and {b}: {shared.geometries:,}")
         lines += [f"    {key_a} = {key_b}" for key_a, key_b in shared.examples]
     return [*lines, *(line for conflict in duplicates.conflicts for line in _conflict_lines(conflict))]
 
 
 def _conflict_lines(conflict: Conflict) -> list[str]:
-    head = (
-        f"  unlike energies at {conflict.fidelity}: {conflict.geometries}, up to {1000 * conflict.largest:.4g} meV/atom"
-    )
+    largest = f"{1000 * conflict.largest:.4g} meV/atom"
+    head = f"  unlike energies at {conflict.fidelity}: {conflict.geometries:,}, up to {largest}"
     return [head, *(f"    {a} against {b}" for a, b in conflict.examples)]
 
 
@@ -170,5 +166,6 @@ def _offset_lines(offsets: Sequence[Offset]) -> list[str]:
         for o in offsets
     ]
     header = ["levels", "dataset", "structures", "mean", "std", "after fit"]
-    head = "energy differences on the same geometries, without E0s, meV/atom (after fit: of what one more energy per"
-    return ["", head, "element leaves)", *table(header, rows, 2)]
+    head = "energy differences on the same geometries, each without its E0s, meV/atom"
+    legend = "  (after fit: standard deviation of what one more energy per element leaves)"
+    return ["", head, *table(header, rows, 2), legend]

@@ -7,24 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from rung.data.fidelity import Fidelity, unknown_fidelity
-from rung.data.sources.hdf5 import (
-    Group,
-    child,
-    cut_rows,
-    dataset,
-    formulas,
-    gathered,
-    labelled,
-    names_in,
-    naming,
-    opened,
-    pieces,
-    row_counts,
-    span,
-)
+from rung.data.sources.common import formulas, gathered, labelled, of_one_size
+from rung.data.sources.hdf5 import Group, dataset, naming, part_rows, row_parts
 from rung.data.sources.source import Part, Source, SourceInfo, existing
 from rung.data.table import StructureTable
 
@@ -84,15 +69,11 @@ class Aimnet2(Source):
         said = {level for mark, level in _MARKS.items() if mark in path.stem.lower().replace("-", "")}
         if said and self.level not in said:
             raise ValueError(f"{path}: expected a file of level '{self.level}', found one of {said}; choose that level")
-        with opened(path) as file:
-            return cut_rows(path, row_counts(file, "coord"))
+        return row_parts(path, "coord")
 
     def _tables(self, part: Part) -> Iterator[StructureTable]:
-        with opened(part.path) as file:
-            names, counts = names_in(file), row_counts(file, "coord")
-            for index, rows in pieces(counts, span(part, sum(counts))):
-                table = _table(child(file, names[index]), rows, f"{part.path.stem}-{names[index]}", self.level)
-                yield labelled(table, [self.level])
+        for name, group, rows in part_rows(part, "coord"):
+            yield labelled(_table(group, rows, f"{part.path.stem}-{name}", self.level), [self.level])
 
 
 def _table(group: Group, rows: slice, key: str, level: str) -> StructureTable:
@@ -106,13 +87,13 @@ def _table(group: Group, rows: slice, key: str, level: str) -> StructureTable:
         f"forces.{level}": dataset(group, "forces", (M, n, 3))[rows],
     }
     with naming(group):
-        return StructureTable.make(
-            [f"{key}-{row:06d}" for row in range(rows.start, rows.stop)],
+        return of_one_size(
+            key,
+            rows.start,
             formulas(numbers),
-            np.full(len(numbers), n),
             numbers,
             positions[rows],
+            labels,
             charge=charge,
             multiplicity=multiplicity,
-            labels=labels,
         )

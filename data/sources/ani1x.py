@@ -9,26 +9,17 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from rung.data.fidelity import Fidelity, unknown_fidelity
-from rung.data.sources.hdf5 import (
-    Dataset,
-    Group,
-    child,
-    cut_groups,
-    dataset,
-    gathered,
-    labelled,
-    names_in,
-    naming,
-    opened,
-    repeated,
-    row_counts,
-    slices,
-    span,
-)
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.fidelity import Fidelity
+from rung.data.sources.common import gathered, labelled, of_one_size, slices
+from rung.data.sources.hdf5 import Dataset, Group, child, dataset, group_parts, names_in, naming, opened
+from rung.data.sources.source import LevelsSource, Part, SourceInfo, existing, span
 from rung.data.table import Array, StructureTable
 from rung.data.units import HARTREE
+
+WB97X_631GD = Fidelity("wb97x_631gd", "wB97X", "6-31G(d)", code="Gaussian 09")
+# Isolated atoms at that level in eV, from the README of the ANI-1 data set (there in hartree).
+_ATOMS = {1: -0.500607632585, 6: -37.8302333826, 7: -54.5680045287, 8: -75.0362229210}
+WB97X_631GD_ATOMS = {number: energy * HARTREE for number, energy in _ATOMS.items()}
 
 
 class Level(NamedTuple):
@@ -51,12 +42,7 @@ _ORCA = "ORCA"
 LEVELS = {
     level.fidelity.name: level
     for level in (
-        Level(
-            Fidelity("wb97x_631gd", "wB97X", "6-31G(d)", code="Gaussian 09"),
-            ("wb97x_dz.energy",),
-            "wb97x_dz.forces",
-            "wb97x_dz.dipole",
-        ),
+        Level(WB97X_631GD, ("wb97x_dz.energy",), "wb97x_dz.forces", "wb97x_dz.dipole"),
         Level(
             Fidelity("wb97x_def2tzvpp", "wB97X", "def2-TZVPP", code=_ORCA),
             ("wb97x_tz.energy",),
@@ -81,12 +67,9 @@ LEVELS = {
     )
 }
 
-# Isolated atoms at wB97X/6-31G(d), Hartree, from the README of the ANI-1 data set.
-ATOMS_WB97X_631GD = {1: -0.500607632585, 6: -37.8302333826, 7: -54.5680045287, 8: -75.0362229210}
-
 
 @dataclass(frozen=True)
-class Ani1x(Source):
+class Ani1x(LevelsSource):
     """The reader of `ani1x-release.h5`; `levels` chooses among LEVELS, a conformer without any of them is left out."""
 
     levels: tuple[str, ...] = ("wb97x_631gd", "wb97x_def2tzvpp", "ccsdt_cbs")
@@ -98,7 +81,7 @@ class Ani1x(Source):
         layout=(
             "HDF5, one group per formula: atomic_numbers [n], coordinates [conformers, n, 3] in angstrom, "
             "<level>.energy and <level>.corr_energy in Hartree, <level>.forces in Hartree/angstrom, <level>.dipole in "
-            "e angstrom; NaN where a conformer was not computed"
+            "e angstrom; NaN where a conformer was not computed; charges and higher multipoles are not read"
         ),
         url="https://doi.org/10.6084/m9.figshare.c.4712477.v1",
         doi="10.1038/s41597-020-0473-z",
@@ -107,23 +90,12 @@ class Ani1x(Source):
         fidelities=tuple(level.fidelity for level in LEVELS.values()),
         structures=4_956_005,
         size="5 GB",
-        e0={"wb97x_631gd": {z: energy * HARTREE for z, energy in ATOMS_WB97X_631GD.items()}},
+        e0={WB97X_631GD.name: WB97X_631GD_ATOMS},
     )
-
-    def __post_init__(self) -> None:
-        for name in self.levels:
-            if name not in LEVELS:
-                raise unknown_fidelity(name, LEVELS)
-        if not self.levels:
-            raise ValueError(f"ani1x: levels: expected at least one of {', '.join(LEVELS)}, found none")
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {name: LEVELS[name].fidelity for name in self.levels}
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return parts whose items are groups (formulas)."""
-        return [part for path in existing(paths, self.info) for part in _parts(path)]
+        return [part for path in existing(paths, self.info) for part in group_parts(path, "coordinates")]
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         with opened(part.path) as file:
@@ -137,16 +109,9 @@ class Ani1x(Source):
         levels = [LEVELS[fidelity] for fidelity in self.levels]
         stored = _stored(group, levels, len(coordinates), len(numbers))
         for rows in slices(len(coordinates)):
-            count = rows.stop - rows.start
+            labels = _labels({key: item[rows] for key, item in stored.items()}, levels)
             with naming(group):
-                table = StructureTable.make(
-                    [f"{name}-{row:06d}" for row in range(rows.start, rows.stop)],
-                    repeated(name, count),
-                    np.full(count, len(numbers)),
-                    np.tile(numbers, count),
-                    coordinates[rows],
-                    labels=_labels({key: item[rows] for key, item in stored.items()}, levels),
-                )
+                table = of_one_size(name, rows.start, name, numbers, coordinates[rows], labels)
             yield labelled(table, self.levels)
 
 
@@ -172,8 +137,3 @@ def _labels(values: Mapping[str, Array], levels: Sequence[Level]) -> dict[str, A
         if level.dipole:
             labels[f"dipole.{name}"] = values[level.dipole]
     return labels
-
-
-def _parts(path: Path) -> list[Part]:
-    with opened(path) as file:
-        return cut_groups(path, row_counts(file, "coordinates"))

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from rung.data.fidelity import Fidelity, unknown_fidelity
-from rung.data.sources.hdf5 import (
-    Group,
-    child,
-    cut_rows,
-    dataset,
-    formulas,
-    gathered,
-    labelled,
-    names_in,
-    naming,
-    opened,
-    pieces,
-    row_counts,
-    span,
-)
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.fidelity import Fidelity
+from rung.data.sources.ani1x import WB97X_631GD
+from rung.data.sources.common import formulas, gathered, labelled, of_one_size
+from rung.data.sources.hdf5 import Group, dataset, naming, part_rows, row_parts
+from rung.data.sources.source import LevelsSource, Part, SourceInfo, existing
 from rung.data.table import StructureTable
 from rung.data.units import HARTREE
 
@@ -41,7 +29,7 @@ class Level(NamedTuple):
 LEVELS = {
     level.fidelity.name: level
     for level in (
-        Level(Fidelity("wb97x_631gd", "wB97X", "6-31G(d)", code="Gaussian 09"), "ANI-2x-wB97X-631Gd.h5", True),
+        Level(WB97X_631GD, "ANI-2x-wB97X-631Gd.h5", True),
         Level(Fidelity("wb97x_def2tzvpp", "wB97X", "def2-TZVPP"), "ANI-2x-wB97X-def2TZVPP.h5", False),
         Level(Fidelity("wb97md3bj_def2tzvpp", "wB97M", "def2-TZVPP", "D3(BJ)"), "ANI-2x-wB97MD3BJ-def2TZVPP.h5", False),
         Level(Fidelity("wb97mv_def2tzvpp", "wB97M-V", "def2-TZVPP", "VV10"), "ANI-2x-wB97MV-def2TZVPP.h5", False),
@@ -51,7 +39,7 @@ LEVELS = {
 
 
 @dataclass(frozen=True)
-class Ani2x(Source):
+class Ani2x(LevelsSource):
     """The reader of the files of LEVELS, told apart by their published names; `levels` says which to expect."""
 
     levels: tuple[str, ...] = ("wb97x_631gd",)
@@ -63,7 +51,7 @@ class Ani2x(Source):
         layout=(
             "HDF5, one group per number of atoms n: species [structures, n] (atomic numbers), coordinates "
             "[structures, n, 3] in angstrom, energies [structures] in Hartree, with some levels forces "
-            "[structures, n, 3] in Hartree/angstrom"
+            "[structures, n, 3] in Hartree/angstrom; other datasets are not read"
         ),
         url="https://zenodo.org/records/10108942",
         doi="10.5281/zenodo.10108942",
@@ -72,17 +60,6 @@ class Ani2x(Source):
         structures=9_651_712,
         size="3.7 GB (wB97X/6-31G(d))",
     )
-
-    def __post_init__(self) -> None:
-        for name in self.levels:
-            if name not in LEVELS:
-                raise unknown_fidelity(name, LEVELS)
-        if not self.levels:
-            raise ValueError(f"ani2x: levels: expected at least one of {', '.join(LEVELS)}, found none")
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {name: LEVELS[name].fidelity for name in self.levels}
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return parts whose items are structures, counted through the groups in order.
@@ -96,8 +73,7 @@ class Ani2x(Source):
 
     def _parts(self, path: Path) -> list[Part]:
         self._level(path)
-        with opened(path) as file:
-            return cut_rows(path, row_counts(file, "coordinates"))
+        return row_parts(path, "coordinates")
 
     def _level(self, path: Path) -> Level:
         for level in LEVELS.values():
@@ -110,11 +86,8 @@ class Ani2x(Source):
         raise ValueError(f"{path}: the name says the level of theory: expected one of {names}, found '{path.name}'")
 
     def _tables(self, part: Part, level: Level) -> Iterator[StructureTable]:
-        with opened(part.path) as file:
-            names, counts = names_in(file), row_counts(file, "coordinates")
-            for index, rows in pieces(counts, span(part, sum(counts))):
-                table = _table(child(file, names[index]), rows, f"{part.path.stem}-{names[index]}", level)
-                yield labelled(table, [level.fidelity.name])
+        for name, group, rows in part_rows(part, "coordinates"):
+            yield labelled(_table(group, rows, f"{part.path.stem}-{name}", level), [level.fidelity.name])
 
 
 def _table(group: Group, rows: slice, key: str, level: Level) -> StructureTable:
@@ -126,11 +99,4 @@ def _table(group: Group, rows: slice, key: str, level: Level) -> StructureTable:
     if level.forces:
         labels[f"forces.{name}"] = dataset(group, "forces", (M, n, 3))[rows] * HARTREE
     with naming(group):
-        return StructureTable.make(
-            [f"{key}-{row:06d}" for row in range(rows.start, rows.stop)],
-            formulas(numbers),
-            np.full(len(numbers), n),
-            numbers,
-            coordinates[rows],
-            labels=labels,
-        )
+        return of_one_size(key, rows.start, formulas(numbers), numbers, coordinates[rows], labels)

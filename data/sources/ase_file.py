@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rung.data.fidelity import Fidelity, check_name
-from rung.data.sources.json_stream import full_stress, tables
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.fidelity import check_name
+from rung.data.sources.records import full_stress, geometry, tables, whole_number
+from rung.data.sources.source import OneLevelSource, Part, SourceInfo, existing, whole
 from rung.data.structure import Labels, Structure, validate
 from rung.data.table import StructureTable
 
@@ -26,14 +26,9 @@ CALCULATOR_KEYS = ("energy", "forces")
 
 
 @dataclass(frozen=True)
-class AseFile(Source):
+class AseFile(OneLevelSource):
     """Frames of files that ASE reads, all at one level of theory; `read_structures` says which labels are taken."""
 
-    fidelity: str
-    method: str = ""  # "": the name of the fidelity
-    basis: str = ""
-    dispersion: str = ""
-    code: str = ""
     energy_key: str = ENERGY_KEY
     forces_key: str = FORCES_KEY
     group_key: str = GROUP_KEY
@@ -44,22 +39,15 @@ class AseFile(Source):
         files="*.extxyz, *.xyz, *.traj, *.db, ...",
         layout=(
             "frames with REF_energy, REF_forces, REF_stress, REF_dipole (or energy, forces, stress, dipole), charge, "
-            "multiplicity or spin (2S + 1) and group, in ASE's units (eV, angstrom)"
+            "multiplicity or spin (2S + 1) and group, in ASE's units (eV, angstrom); other values and arrays are "
+            "not read"
         ),
         url="https://gitlab.com/ase/ase",
     )
 
-    def __post_init__(self) -> None:
-        check_name(self.fidelity)
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        method = self.method or self.fidelity
-        return {self.fidelity: Fidelity(self.fidelity, method, self.basis, self.dispersion, self.code)}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return one part per file: a file of frames cannot be entered in the middle."""
-        return [Part(path, bytes=path.stat().st_size) for path in existing(paths, self.info)]
+        return [whole(path) for path in existing(paths, self.info)]
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         """Yield the frames of a file; raises what `read_structures` raises."""
@@ -157,17 +145,13 @@ def _names(stored: Mapping[str, Any]) -> str:
 
 def _structure(atoms: Atoms, key: str, group_key: str, labels: dict[str, Labels]) -> Structure:
     charge, multiplicity = charge_and_multiplicity(atoms.info)
-    periodic = bool(atoms.pbc.any())
     return Structure(
         key=key,
         group=str(atoms.info.get(group_key, atoms.get_chemical_formula())),
-        numbers=atoms.numbers.astype(np.uint8),
-        positions=atoms.positions.astype(np.float32),
-        cell=np.asarray(atoms.cell.array if periodic else np.zeros((3, 3)), np.float32),
-        pbc=np.asarray(atoms.pbc, np.bool_),
         charge=charge,
         multiplicity=multiplicity,
         labels=labels,
+        **geometry(atoms),
     )
 
 
@@ -179,10 +163,4 @@ def charge_and_multiplicity(info: Mapping[str, Any]) -> tuple[int, int]:
     if "multiplicity" in info and "spin" in info and info["multiplicity"] != info["spin"]:
         raise ValueError(f"multiplicity {info['multiplicity']} and spin {info['spin']} differ; both mean 2S + 1")
     multiplicity = info.get("multiplicity", info.get("spin", 1))
-    return _whole(info.get("charge", 0), "charge"), _whole(multiplicity, "multiplicity")
-
-
-def _whole(value: Any, name: str) -> int:
-    if not isinstance(value, (int, float, np.integer, np.floating)) or not float(value).is_integer():
-        raise ValueError(f"{name}: expected a whole number, found {value!r}")
-    return int(value)
+    return whole_number(info.get("charge", 0), "charge"), whole_number(multiplicity, "multiplicity")

@@ -19,28 +19,23 @@ from typing import Any, ClassVar
 
 import lmdb
 import numpy as np
-from numpy.typing import NDArray
 
-from rung.data.fidelity import Fidelity, check_name
+from rung.data.fidelity import Fidelity
 from rung.data.sources.ase_file import charge_and_multiplicity
-from rung.data.sources.json_stream import array, formula, full_stress, number, open_text, tables
-from rung.data.sources.source import (
-    PART_STRUCTURES,
-    TABLE_STRUCTURES,
-    Part,
-    Source,
-    SourceInfo,
-    cut,
-    existing,
-)
+from rung.data.sources.common import formula, slices
+from rung.data.sources.json_stream import open_text
+from rung.data.sources.records import array, calculated, full_stress, geometry, number, tables
+from rung.data.sources.source import OneLevelSource, Part, Source, SourceInfo, cut, existing, whole
 from rung.data.structure import Labels, Structure
 from rung.data.table import StructureTable
 
 MAX_ROW = 1 << 26  # bytes of one row when decompressed
+_BYTES_OF_ATOM = 40  # at least, of a file: positions and forces in decimal digits, compressed
 _NDARRAY = "__ndarray__"
 _LAYOUT = (
     "rows with numbers, positions, cell, pbc, energy (eV), forces (eV/A), stress (eV/A^3, ASE's sign, Voigt) and a "
-    "dictionary `data`, as JSON compressed by zlib"
+    "dictionary `data`, as JSON compressed by zlib; magnetic moments, charges of atoms, constraints and other entries "
+    "are not read"
 )
 
 Row = dict[str, Any]
@@ -64,18 +59,13 @@ class _Rows(Source):
 
 
 @dataclass(frozen=True)
-class AseLmdb(_Rows):
+class AseLmdb(_Rows, OneLevelSource):
     """Rows of any *.aselmdb, all at one level of theory.
 
     `charge`, `multiplicity` (or `spin`, which also means 2S + 1) and `group_key` come from a row's `data` or its
     key-value pairs; a row without `group_key`, or all when it is "", belong to the group of their formula.
     """
 
-    fidelity: str
-    method: str = ""  # "": the name of the fidelity
-    basis: str = ""
-    dispersion: str = ""
-    code: str = ""
     energy_key: str = "energy"
     forces_key: str = "forces"
     group_key: str = ""
@@ -87,14 +77,6 @@ class AseLmdb(_Rows):
         layout=_LAYOUT,
         url="https://gitlab.com/ase/ase-db-backends",
     )
-
-    def __post_init__(self) -> None:
-        check_name(self.fidelity)
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        method = self.method or self.fidelity
-        return {self.fidelity: Fidelity(self.fidelity, method, self.basis, self.dispersion, self.code)}
 
     def _structure(self, key: str, row: Row) -> Structure:
         data = {**(row.get("key_value_pairs") or {}), **(row.get("data") or {})}
@@ -123,7 +105,7 @@ class OMol25(_Rows):
         name="omol25",
         title="Open Molecules 2025 (OMol25)",
         files="*.aselmdb of a split such as train_4M, or its folder",
-        layout=_LAYOUT + ": charge (e), spin (2S + 1), source, data_id, ...",
+        layout=_LAYOUT + "; `data` has charge (e) and spin (2S + 1)",
         url="https://huggingface.co/facebook/OMol25",
         doi="10.48550/arXiv.2505.08762",
         licence="CC-BY-4.0",
@@ -132,10 +114,6 @@ class OMol25(_Rows):
         structures=101_666_280,
         size="456 GB (train), 19 GB (train_4M)",
     )
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {_WB97MV.name: _WB97MV}
 
     def _structure(self, key: str, row: Row) -> Structure:
         data = row.get("data") or {}
@@ -169,10 +147,6 @@ class OMat24(_Rows):
         fidelities=(_OMAT_PBE_U,),
     )
 
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {_OMAT_PBE_U.name: _OMAT_PBE_U}
-
     def _structure(self, key: str, row: Row) -> Structure:
         return _neutral(_OMAT_PBE_U.name, key, row)
 
@@ -194,7 +168,8 @@ class OC20(_Rows):
         name="oc20",
         title="Open Catalyst 2020 (OC20), S2EF",
         files="N.extxyz.xz (or N.extxyz) with N.txt.xz beside it, *.aselmdb, or folders of them; not *.lmdb (pickled)",
-        layout="frames with energy, free_energy and forces in eV and A; lines 'system,frame,reference energy' in N.txt",
+        layout="frames with energy, free_energy and forces in eV and A; lines 'system,frame,reference energy' in "
+        "N.txt; reference energies, tags and constraints are not read",
         url="https://facebookresearch.github.io/fairchem/oc20",
         doi="10.1021/acscatal.0c04525",
         licence="CC-BY-4.0",
@@ -208,10 +183,6 @@ class OC20(_Rows):
         if self.energy_key not in ("energy", "free_energy"):
             raise ValueError(f"energy_key: expected 'energy' or 'free_energy', found '{self.energy_key}'")
 
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {_RPBE.name: _RPBE}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return ranges of row numbers of *.aselmdb, and one part per extxyz file (5,000 frames as published)."""
         parts = []
@@ -220,7 +191,7 @@ class OC20(_Rows):
                 parts += _lmdb_parts([path])
             else:
                 _frame_list(path)
-                parts.append(Part(path, bytes=path.stat().st_size))
+                parts.append(whole(path))
         return parts
 
     def read(self, part: Part) -> Iterator[StructureTable]:
@@ -336,7 +307,7 @@ def _lmdb_parts(paths: Sequence[Path]) -> list[Part]:
     for path in paths:
         with _open(path) as transaction:
             count = _row_range(transaction, path)
-        parts += cut(path, count, PART_STRUCTURES)
+        parts += cut(path, count, path.stat().st_size // _BYTES_OF_ATOM // max(count, 1))
     return parts
 
 
@@ -353,10 +324,10 @@ def _row_range(transaction: lmdb.Transaction, path: Path) -> int:
 
 def _lmdb_tables(part: Part, convert: Convert) -> Iterator[StructureTable]:
     """Yield tables of rows; the file is closed while a table is out, because a process may open it only once."""
-    for start in range(part.start, part.stop, TABLE_STRUCTURES):
-        stop = min(start + TABLE_STRUCTURES, part.stop)
+    for rows in slices(part.stop - part.start):
+        numbers = range(part.start + rows.start + 1, part.start + rows.stop + 1)
         with _open(part.path) as transaction:
-            batch = list(tables(_rows(transaction, part.path, range(start + 1, stop + 1), convert)))
+            batch = list(tables(_rows(transaction, part.path, numbers, convert)))
         yield from batch
 
 
@@ -405,22 +376,6 @@ def _frames(path: Path, energy_key: str) -> Iterator[Structure]:
 
 def _frame(line: Sequence[str], atoms: Any, energy_key: str) -> Structure:
     system, frame = line[0].strip(), line[1].strip()
-    results = {} if atoms.calc is None else atoms.calc.results
-    forces = results.get("forces")
-    labels = Labels(
-        energy=number(results.get(energy_key), energy_key),
-        forces=None if forces is None else array(forces, (len(atoms), 3), "forces"),
-    )
     return Structure(
-        key=f"{system}-{frame}",
-        group=system,
-        numbers=atoms.numbers.astype(np.uint8),
-        positions=_float32(atoms.positions),
-        cell=_float32(atoms.cell.array),
-        pbc=np.asarray(atoms.pbc, np.bool_),
-        labels={_RPBE.name: labels},
+        key=f"{system}-{frame}", group=system, labels={_RPBE.name: calculated(atoms, energy_key)}, **geometry(atoms)
     )
-
-
-def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    return np.asarray(values, np.float32)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from ase.data import atomic_numbers, chemical_symbols
-from ase.formula import Formula
+from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
-from rung.data.fidelity import Fidelity
+from rung.data.sources.common import formulas, gathered, labelled, numbered, pieces
 from rung.data.sources.npz import read_npy_header, read_npy_rows
-from rung.data.sources.source import PART_STRUCTURES, TABLE_STRUCTURES, Part, Source, SourceInfo, cut, existing
+from rung.data.sources.source import OneLevelSource, Part, SourceInfo, cut_rows, existing, span
 from rung.data.table import StructureTable
 
 Array = NDArray[Any]
@@ -38,7 +36,7 @@ class FrameSet(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DeepMD(Source):
+class DeepMD(OneLevelSource):
     """Every system below a folder, at one level of theory.
 
     A system is a folder with `type.raw`. `type_map` names the elements of its types where `type_map.raw` is missing.
@@ -46,12 +44,6 @@ class DeepMD(Source):
     Stress is minus the virial over the volume, as in dpdata. The group of a frame is its formula.
     """
 
-    fidelity: str
-    method: str = ""
-    basis: str = ""
-    dispersion: str = ""
-    code: str = ""
-    description: str = ""
     type_map: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     charge: int = 0
@@ -70,35 +62,19 @@ class DeepMD(Source):
         citation="H. Wang, L. Zhang, J. Han, W. E, DeePMD-kit, Comput. Phys. Commun. 228, 178 (2018)",
     )
 
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        fidelity = Fidelity(
-            self.fidelity, self.method or self.fidelity, self.basis, self.dispersion, self.code, self.description
-        )
-        return {fidelity.name: fidelity}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
-        """Return parts of PART_STRUCTURES frames over all systems of each folder, in the order of their paths."""
+        """Return parts whose items are frames of all systems of a folder, in the order of their paths."""
         parts = []
         for path in existing(paths, self.info):
             sets = _frame_sets(path)
             for frame_set in sets:
                 self._check(frame_set)
-            parts += cut(path, sum(frame_set.total for frame_set in sets), PART_STRUCTURES)
+            sizes = [len(_types(frame_set.system)) for frame_set in sets]
+            parts += cut_rows(path, [frame_set.total for frame_set in sets], sizes)
         return parts
 
     def read(self, part: Part) -> Iterator[StructureTable]:
-        waiting: list[StructureTable] = []
-        held = 0
-        for piece in _pieces(_frame_sets(part.path), part.start, part.stop):
-            table = self._table(piece)
-            if waiting and held + len(table) > TABLE_STRUCTURES:
-                yield StructureTable.concatenate(waiting)
-                waiting, held = [], 0
-            waiting.append(table)
-            held += len(table)
-        if held:
-            yield StructureTable.concatenate(waiting)
+        yield from gathered(self._table(frames) for frames in _chosen(part))
 
     def _check(self, frames: FrameSet) -> None:
         names = {file.stem for file in frames.folder.glob("*.npy")}
@@ -122,10 +98,10 @@ class DeepMD(Source):
         cell = _array(frames, "box", 9).reshape(count, 3, 3) if periodic else None
         numbers = elements[types]
         first = frames.first + frames.start
-        return _labelled(
+        return labelled(
             StructureTable.make(
-                keys=[f"{frames.name}-{index:06d}" for index in range(first, first + count)],
-                groups=_formulas(numbers, present),
+                keys=numbered(frames.name, first, first + count),
+                groups=formulas(numbers, present),
                 num_atoms=present.sum(axis=1),
                 numbers=numbers[present],
                 positions=_atoms(_array(frames, "coord", 3 * n), present),
@@ -135,7 +111,7 @@ class DeepMD(Source):
                 multiplicity=self.multiplicity,
                 labels=self._labels(frames, present, cell),
             ),
-            self.fidelity,
+            [self.fidelity],
         )
 
     def _labels(self, frames: FrameSet, present: NDArray[np.bool_], cell: Array | None) -> dict[str, Array]:
@@ -183,14 +159,12 @@ def _frame_sets(root: Path) -> list[FrameSet]:
     return found
 
 
-def _pieces(sets: Sequence[FrameSet], start: int, stop: int) -> Iterator[FrameSet]:
-    """Yield frames start..stop of all sets together, at most TABLE_STRUCTURES of one set at a time."""
-    before = 0
-    for frames in sets:
-        begin, end = max(start - before, 0), min(stop - before, frames.total)
-        for first in range(begin, end, TABLE_STRUCTURES):
-            yield frames._replace(start=first, stop=min(first + TABLE_STRUCTURES, end))
-        before += frames.total
+def _chosen(part: Part) -> Iterator[FrameSet]:
+    """Yield the frames of a part, at most TABLE_STRUCTURES of one set at a time."""
+    sets = _frame_sets(part.path)
+    counts = [frames.total for frames in sets]
+    for index, rows in pieces(counts, span(part, sum(counts))):
+        yield sets[index]._replace(start=rows.start, stop=rows.stop)
 
 
 def _frame_types(frames: FrameSet) -> NDArray[np.int64]:
@@ -245,22 +219,3 @@ def _atoms(array: Array, present: NDArray[np.bool_]) -> Array:
     """Return the rows [N, 3] of the atoms that are there, of an array of three numbers for each place."""
     rows = array.reshape(-1, 3)
     return rows if present.all() else rows[present.reshape(-1)]
-
-
-def _formulas(numbers: NDArray[np.uint8], present: NDArray[np.bool_]) -> list[str]:
-    """Return the formula of each frame; [M]."""
-    n = numbers.shape[1]
-    rows = np.sort(np.where(present, numbers, 0).astype(np.uint8), axis=1).tobytes()
-    return [_formula(rows[start : start + n]) for start in range(0, len(rows), n)]
-
-
-@lru_cache(maxsize=65536)
-def _formula(numbers: bytes) -> str:
-    """Return the formula, in Hill order, of atomic numbers; 0 is no atom."""
-    return str(Formula.from_list([chemical_symbols[number] for number in numbers if number]).format("hill"))
-
-
-def _labelled(table: StructureTable, fidelity: str) -> StructureTable:
-    if any(np.isnan(array).any() for array in table.labels.values()):
-        return table.where(table.carries(fidelity))
-    return table

@@ -11,8 +11,9 @@ import msgpack
 import numpy as np
 
 from rung.data.fidelity import Fidelity
-from rung.data.sources.source import TABLE_STRUCTURES, Part, Source, SourceInfo, existing
-from rung.data.sources.tar_stream import damage_named, tar_members
+from rung.data.sources.archive import damage_named, tar_members
+from rung.data.sources.common import gathered, labelled, numbered, repeated
+from rung.data.sources.source import Part, Source, SourceInfo, existing, whole
 from rung.data.table import StructureTable
 from rung.data.units import HARTREE
 
@@ -36,7 +37,8 @@ class Geom(Source):
         title="GEOM, energy-annotated molecular conformations",
         files="drugs_crude.msgpack.tar.gz, qm9_crude.msgpack.tar.gz, or the .msgpack files inside",
         layout="maps of some 1,000 molecules each, SMILES -> {charge, conformers: [{xyz, totalenergy, ...}]}; xyz is "
-        "[n, 4], atomic number and position (angstrom); totalenergy is in hartree; no forces",
+        "[n, 4], atomic number and position (angstrom); totalenergy is in hartree; no forces; weights and "
+        "what else is stated of conformers is not read",
         url="https://github.com/learningmatter-mit/geom",
         doi="10.7910/DVN/JNGTDF",
         citation="Axelrod, Gomez-Bombarelli, GEOM, energy-annotated molecular conformations for property prediction "
@@ -44,10 +46,6 @@ class Geom(Source):
         fidelities=(_LEVEL,),
         size="43 GB (drugs_crude), 1.0 GB (qm9_crude)",
     )
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {_LEVEL.name: _LEVEL}
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return one part per file: neither MessagePack nor gzip has an index."""
@@ -59,22 +57,17 @@ class Geom(Source):
                 raise ValueError(f"{path}: expected {self.info.files}, found another name or a folder")
             if path.stat().st_size == 0:
                 raise ValueError(f"{path}: the file is empty; expected {self.info.files}")
-        return [Part(path, bytes=path.stat().st_size) for path in paths]
+        return [whole(path) for path in paths]
 
     def read(self, part: Part) -> Iterator[StructureTable]:
-        waiting: list[StructureTable] = []
-        count = 0
-        stem = part.path.name.partition(".")[0]
-        with damage_named(part.path):
-            for smiles, molecule in _molecules(part.path):
-                table = _table(molecule, f"{stem}-{smiles}", smiles, f"{part.path}: {smiles}")
-                if waiting and count + len(table) > TABLE_STRUCTURES:
-                    yield StructureTable.concatenate(waiting)
-                    waiting, count = [], 0
-                waiting.append(table)
-                count += len(table)
-        if count:
-            yield StructureTable.concatenate(waiting)
+        yield from gathered(_tables(part.path))
+
+
+def _tables(path: Path) -> Iterator[StructureTable]:
+    stem = path.name.partition(".")[0]
+    with damage_named(path):
+        for smiles, molecule in _molecules(path):
+            yield _table(molecule, f"{stem}-{smiles}", smiles, f"{path}: {smiles}")
 
 
 def _molecules(path: Path) -> Iterator[tuple[str, Any]]:
@@ -137,8 +130,8 @@ def _table(molecule: Mapping[str, Any], name: str, smiles: str, place: str) -> S
     try:
         atoms = np.array([atom for xyz in rows for atom in xyz], np.float64).reshape(-1, 4)
         table = StructureTable.make(
-            [f"{name}-{i:06d}" for i in range(len(rows))],
-            [smiles] * len(rows),
+            numbered(name, 0, len(rows)),
+            repeated(smiles, len(rows)),
             [len(xyz) for xyz in rows],
             atoms[:, 0],
             np.ascontiguousarray(atoms[:, 1:]),
@@ -149,7 +142,7 @@ def _table(molecule: Mapping[str, Any], name: str, smiles: str, place: str) -> S
         raise ValueError(
             f"{place}: expected conformers with xyz [n, 4] and totalenergy, found otherwise: {error}"
         ) from error
-    return table.where(table.carries(_LEVEL.name))
+    return labelled(table, [_LEVEL.name])
 
 
 def _field(values: Any, name: str, place: str) -> Any:

@@ -1,32 +1,30 @@
-"""What readers of HDF5 share: files and datasets whose errors name them, the cut into parts, tables of a good size.
+"""What readers of HDF5 share: files and datasets whose errors name them, and the cut into parts.
 
-Two layouts are common. Many groups of one molecule with few conformers each: `cut_groups` makes parts of whole groups,
-`gathered` joins what they hold into tables. Few groups with very many structures each: `cut_rows` makes parts of the
-groups laid end to end, `pieces` says which rows of which groups a part is.
+Two layouts are common. Many groups of one molecule with few conformers each: `group_parts` makes parts of whole groups.
+Few groups with very many structures each: `row_parts` makes parts of the groups laid end to end, `part_rows` reads one.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
-from ase.data import chemical_symbols
-from ase.formula import Formula
+from numpy.typing import DTypeLike
 
-from rung.data.sources.source import PART_STRUCTURES, TABLE_STRUCTURES, Part, cut
-from rung.data.structure import MAX_ATOMIC_NUMBER
-from rung.data.table import LABEL_KINDS, Array, Strings, StructureTable
+from rung.data.sources.common import pieces
+from rung.data.sources.source import Part, cut_groups, cut_rows, span
+from rung.data.table import Array
 
 Group: TypeAlias = Any  # h5py ships no types
 Dataset: TypeAlias = Any
 
 _KINDS = {"f": "floats", "iu": "integers", "iuf": "numbers", "SO": "texts"}
+_CLASSES = {"f": h5py.h5t.FLOAT, "i": h5py.h5t.INTEGER, "O": h5py.h5t.STRING}  # of the kinds that `small` converts to
+_NUMPY_KINDS = {"f": "f", "i": "iu", "O": "SO"}
 
 
 @contextmanager
@@ -97,101 +95,63 @@ def dataset(group: Group, name: str, shape: tuple[int | None, ...], kinds: str =
     return found
 
 
-def row_counts(file: Group, positions: str) -> list[int]:
-    """Return the number of structures in each group of a file, by the length of its positions [M, n, 3]."""
-    return [len(dataset(child(file, name), positions, (None, None, 3))) for name in names_in(file)]
+def counts_and_sizes(file: Group, positions: str) -> tuple[list[int], list[int]]:
+    """Return how many structures each group of a file has, and of how many atoms: its positions are [M, n, 3]."""
+    shapes = [dataset(child(file, name), positions, (None, None, 3)).shape for name in names_in(file)]
+    return [M for M, _, _ in shapes], [n for _, n, _ in shapes]
 
 
-def cut_groups(path: Path, counts: Sequence[int]) -> list[Part]:
-    """Return parts over groups start..stop of a file, in order, with about PART_STRUCTURES of `counts` each."""
-    first = np.cumsum([0, *counts])
-    edges = np.flatnonzero(np.diff(first[:-1] // PART_STRUCTURES)) + 1
-    bounds = [0, *edges.tolist(), len(counts)]
-    size = path.stat().st_size / max(int(first[-1]), 1)
-    return [
-        Part(path, start, stop, int(size * (first[stop] - first[start])))
-        for start, stop in zip(bounds, bounds[1:], strict=False)
-    ]
+def group_parts(path: Path, positions: str) -> list[Part]:
+    """Return parts of a file whose items are its groups, one molecule each."""
+    with opened(path) as file:
+        return cut_groups(path, *counts_and_sizes(file, positions))
 
 
-def cut_rows(path: Path, counts: Sequence[int]) -> list[Part]:
-    """Return parts of PART_STRUCTURES structures over groups of `counts` structures laid end to end."""
-    total = sum(counts)
-    size = path.stat().st_size / max(total, 1)
-    parts = cut(path, total, PART_STRUCTURES)
-    return [dataclasses.replace(part, bytes=int(size * (part.stop - part.start))) for part in parts]
+def row_parts(path: Path, positions: str) -> list[Part]:
+    """Return parts of a file whose items are structures, counted through its groups, one number of atoms each."""
+    with opened(path) as file:
+        return cut_rows(path, *counts_and_sizes(file, positions))
 
 
-def span(part: Part, count: int) -> range:
-    """Return the items of a part of a file that holds `count`."""
-    return range(part.start, count if part.stop < 0 else min(part.stop, count))
+def part_rows(part: Part, positions: str) -> Iterator[tuple[str, Group, slice]]:
+    """Yield name, group and rows that a part of `row_parts` covers, at most TABLE_STRUCTURES rows at once."""
+    with opened(part.path) as file:
+        names, (counts, _) = names_in(file), counts_and_sizes(file, positions)
+        for index, rows in pieces(counts, span(part, sum(counts))):
+            yield names[index], child(file, names[index]), rows
 
 
-def pieces(counts: Sequence[int], items: range) -> Iterator[tuple[int, slice]]:
-    """Yield (group, rows) that cover `items` of groups laid end to end, at most TABLE_STRUCTURES rows at once."""
-    first = 0
-    for index, count in enumerate(counts):
-        stop = min(items.stop - first, count)
-        for start in range(max(items.start - first, 0), stop, TABLE_STRUCTURES):
-            yield index, slice(start, min(start + TABLE_STRUCTURES, stop))
-        first += count
+def small(group: Group, names: Sequence[str], shape: tuple[int | None, ...], dtype: DTypeLike) -> Array:
+    """Return the dataset at a path of names below a group, of `shape` (None: any length), converted to `dtype`.
 
-
-def slices(count: int) -> list[slice]:
-    """Return consecutive slices of at most TABLE_STRUCTURES that cover `count` rows."""
-    return [rows for _, rows in pieces([count], range(count))]
-
-
-def gathered(tables: Iterable[StructureTable]) -> Iterator[StructureTable]:
-    """Yield the same structures in the same order in fewer tables, joined up to TABLE_STRUCTURES; drop empty ones."""
-    waiting: list[StructureTable] = []
-    held = 0
-    for table in tables:
-        if waiting and held + len(table) > TABLE_STRUCTURES:
-            yield StructureTable.concatenate(waiting)
-            waiting, held = [], 0
-        if len(table):
-            waiting.append(table)
-            held += len(table)
-    if waiting:
-        yield StructureTable.concatenate(waiting)
-
-
-def labelled(table: StructureTable, fidelities: Iterable[str]) -> StructureTable:
-    """Return the structures of a table that carry a label at any of `fidelities`."""
-    names = list(fidelities)
-    carried = np.zeros(len(table), np.bool_)
-    for kind in LABEL_KINDS:  # energies first: where each structure has one, the long arrays need no look
-        for name in names:
-            carried |= table.has(kind, name)
-        if carried.all():
-            return table
-    return table.where(carried)
-
-
-def repeated(text: str, count: int) -> Strings:
-    """Return `count` times the same text, such as the group of all conformers of a molecule."""
-    buffer = np.frombuffer(text.encode(), np.uint8)
-    return Strings(np.tile(buffer, count), np.arange(count + 1) * len(buffer))
-
-
-def formulas(numbers_Mn: Array) -> list[str]:
-    """Return the formula (Hill order) of each row of atomic numbers [M, n]; raise ValueError for what is no element."""
-    if numbers_Mn.size and not 1 <= numbers_Mn.min() <= numbers_Mn.max() <= MAX_ATOMIC_NUMBER:
-        found = f"{numbers_Mn.min()}..{numbers_Mn.max()}"
-        raise ValueError(f"expected atomic numbers 1..{MAX_ATOMIC_NUMBER}, found {found}")
-    n = numbers_Mn.shape[1]
-    atoms = np.sort(numbers_Mn.astype(np.uint8), axis=1).tobytes()
-    return [_hill(atoms[start : start + n]) for start in range(0, len(atoms), n)]
-
-
-@lru_cache(maxsize=65536)
-def _hill(numbers: bytes) -> str:
-    return Formula.from_list([chemical_symbols[z] for z in numbers]).format("hill")
+    `dtype` may be a float, a signed integer or `h5py.string_dtype()` (UTF-8 as bytes); the stored numbers are of the
+    same kind. Half the time of h5py's objects, for datasets by the hundred thousand. Raises what `dataset` raises.
+    """
+    wanted = np.dtype(dtype)
+    try:
+        found = h5py.h5d.open(group.id, "/".join(names).encode())
+        stored = found.shape
+        fits = len(stored) == len(shape) and all(n in (None, m) for n, m in zip(shape, stored, strict=True))
+        fits = fits and found.get_type().get_class() == _CLASSES[wanted.kind]
+    except KeyError:
+        fits = False
+    if not fits:
+        parent = group
+        for name in names[:-1]:
+            parent = child(parent, name)
+        found = dataset(parent, names[-1], shape, _NUMPY_KINDS[wanted.kind]).id  # raises what is wrong
+    out = np.empty(found.shape, wanted)
+    found.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
+    return out
 
 
 def _item(group: Group, name: str) -> Group | Dataset | None:
-    return group[name] if name in group else None  # noqa: SIM401 (get hides an object that cannot be opened)
+    try:
+        return group[name]
+    except KeyError:
+        if name in group:  # an object that cannot be opened
+            raise
+        return None
 
 
 def _dtype(group: Group, found: Dataset) -> np.dtype[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,17 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rung.data.fidelity import Fidelity, unknown_fidelity
-from rung.data.sources.json_stream import (
-    JsonStream,
-    array,
-    crystal,
-    formula,
-    full_stress,
-    number,
-    open_text,
-    tables,
-)
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.sources.common import formula
+from rung.data.sources.json_stream import JsonStream, open_text
+from rung.data.sources.records import array, crystal, full_stress, number, tables
+from rung.data.sources.source import LevelsSource, Part, SourceInfo, existing, whole
 from rung.data.structure import Labels, Structure
 from rung.data.table import StructureTable
 from rung.data.units import KBAR
@@ -33,7 +26,7 @@ _KEYS = ("structure", "energy", "forces", "stress", "functional")
 
 
 @dataclass(frozen=True)
-class MatPES(Source):
+class MatPES(LevelsSource):
     """Entries of the chosen functionals, grouped by the Materials Project's id of the crystal they started from."""
 
     levels: tuple[str, ...] = ("pbe", "r2scan")
@@ -44,7 +37,8 @@ class MatPES(Source):
         files="MatPES-PBE-2025.1.json.gz, MatPES-R2SCAN-2025.1.json.gz (or 2025.2)",
         layout=(
             "a list of {matpes_id, structure (pymatgen), energy in eV, forces in eV/A, stress in kbar with VASP's sign "
-            "and in Voigt's order xx yy zz yz xz xy, functional, provenance: {original_mp_id}}"
+            "and in Voigt's order xx yy zz yz xz xy, functional, provenance: {original_mp_id}}; magnetic "
+            "moments and other properties are not read"
         ),
         url="https://matpes.ai",
         doi="10.48550/arXiv.2503.04070",
@@ -53,21 +47,12 @@ class MatPES(Source):
         structures=434_712 + 387_897,  # of 2025.1, PBE and r2SCAN
     )
 
-    def __post_init__(self) -> None:
-        for level in self.levels:
-            if level not in _LEVELS:
-                raise unknown_fidelity(level, _LEVELS)
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {name: _LEVELS[name] for name in self.levels}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return one part per file: a compressed list cannot be entered in the middle."""
         for path in existing(paths, self.info):
             with open_text(path) as file:
                 JsonStream(file, path).take("[")
-        return [Part(path, bytes=path.stat().st_size) for path in paths]
+        return [whole(path) for path in paths]
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         """Yield the entries of a file; keys are the file's name and the place in the list, as in its split files."""

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.data.fidelity import Fidelity, unknown_fidelity
+from rung.data.fidelity import Fidelity
+from rung.data.sources.common import labelled, of_one_size
 from rung.data.sources.npz import check_header, read_array, read_headers, read_rows
-from rung.data.sources.source import PART_STRUCTURES, TABLE_STRUCTURES, Part, Source, SourceInfo, cut, existing
+from rung.data.sources.source import LevelsSource, Part, SourceInfo, cut, existing
 from rung.data.structure import MAX_ATOMIC_NUMBER
 from rung.data.table import StructureTable
 from rung.data.units import KCAL_MOL
@@ -30,29 +31,18 @@ class LabelKeys(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trajectories(Source):
+class Trajectories(LevelsSource):
     """Files of one molecule each: atomic numbers [n] and, per frame, positions [n, 3], energies and forces [n, 3]."""
 
-    levels: tuple[str, ...] = ()
     numbers_key: ClassVar[str] = "z"
     positions_key: ClassVar[str] = "R"
-
-    def __post_init__(self) -> None:
-        known = [fidelity.name for fidelity in self.info.fidelities]
-        for level in self.levels:
-            if level not in known:
-                raise unknown_fidelity(level, known)
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {fidelity.name: fidelity for fidelity in self.info.fidelities if fidelity.name in self.levels}
 
     def labels_of(self, path: Path) -> dict[str, LabelKeys]:
         """Return the levels of theory of a file and the arrays that hold them."""
         return {fidelity.name: LabelKeys("E", "F") for fidelity in self.info.fidelities[:1]}
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
-        """Return parts of PART_STRUCTURES frames; a compressed file, which must be read from its start, is one part.
+        """Return parts whose items are frames; a compressed file, which must be read from its start, is one part.
 
         A folder stands for the npz files below it.
         """
@@ -67,7 +57,7 @@ class Trajectories(Source):
             check_header(path, headers, keys.forces, "f", (frames, n, 3))
         _check_units(path, headers.keys() & _UNITS.keys())
         compressed = any(headers[name].compressed for name in self._row_names(path))
-        return cut(path, frames, frames if compressed else PART_STRUCTURES)
+        return [Part(path, 0, frames, path.stat().st_size)] if compressed else cut(path, frames, n)
 
     def _row_names(self, path: Path) -> list[str]:
         return [self.positions_key, *(name for keys in self._chosen(path).values() for name in keys)]
@@ -77,34 +67,27 @@ class Trajectories(Source):
         if chosen := {level: keys for level, keys in labels.items() if level in self.levels}:
             return chosen
         raise ValueError(
-            f"{path}: expected labels at {' or '.join(self.levels) or 'a level of theory'}, found {', '.join(labels)}; "
+            f"{path}: expected labels at {' or '.join(self.levels)}, found {', '.join(labels)}; "
             "leave the file out, or choose its level"
         )
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         numbers = _numbers(part.path, self.numbers_key)
         first = part.start
-        for rows in read_rows(part.path, self._row_names(part.path), part.start, part.stop, TABLE_STRUCTURES):
+        for rows in read_rows(part.path, self._row_names(part.path), part.start, part.stop):
             table = self._table(part.path, first, numbers, rows)
             first += len(table)
-            yield _labelled(table)
+            yield labelled(table, self.levels)
 
     def _table(
         self, path: Path, first: int, numbers: NDArray[np.uint8], rows: Mapping[str, NDArray[np.floating[Any]]]
     ) -> StructureTable:
-        count = len(rows[self.positions_key])
+        positions = rows[self.positions_key]
         labels: dict[str, NDArray[np.floating[Any]]] = {}
         for level, keys in self._chosen(path).items():
-            labels[f"energy.{level}"] = rows[keys.energy].reshape(count).astype(np.float64) * KCAL_MOL
+            labels[f"energy.{level}"] = rows[keys.energy].reshape(len(positions)).astype(np.float64) * KCAL_MOL
             labels[f"forces.{level}"] = rows[keys.forces] * KCAL_MOL
-        return StructureTable.make(
-            keys=[f"{path.stem}-{index:06d}" for index in range(first, first + count)],
-            groups=[molecule_of(path)] * count,
-            num_atoms=np.full(count, len(numbers), np.int32),
-            numbers=np.tile(numbers, count),
-            positions=rows[self.positions_key],
-            labels=labels,
-        )
+        return of_one_size(path.stem, first, molecule_of(path), numbers, positions, labels)
 
 
 @dataclass(frozen=True)
@@ -118,7 +101,7 @@ class MD17(Trajectories):
         files="md17_aspirin.npz, benzene2018_dft.npz, ... and ethanol_ccsd_t-train.npz, ... (unpacked), or a folder",
         layout=(
             "npz: z [n] atomic numbers, R [M, n, 3] angstrom, E [M, 1] kcal/mol, F [M, n, 3] kcal/mol/angstrom; "
-            "neutral singlets"
+            "neutral singlets; texts about the set are not read, but for its units where it states them"
         ),
         url="http://www.sgdml.org/#datasets",
         doi="10.1126/sciadv.1603015",
@@ -157,7 +140,7 @@ class RevisedMD17(Trajectories):
         files="rmd17_aspirin.npz, ... of rmd17.tar.bz2 (unpacked), or a folder",
         layout=(
             "npz: nuclear_charges [n], coords [M, n, 3] angstrom, energies [M] kcal/mol, forces [M, n, 3] "
-            "kcal/mol/angstrom, old_energies and old_forces (MD17's own), old_indices; neutral singlets"
+            "kcal/mol/angstrom, old_energies and old_forces (MD17's own), old_indices (not read); neutral singlets"
         ),
         url="https://figshare.com/articles/dataset/Revised_MD17_dataset_rMD17_/12672038",
         doi="10.6084/m9.figshare.12672038",
@@ -185,7 +168,7 @@ class MD22(Trajectories):
         files="md22_Ac-Ala3-NHMe.npz, ... (7 files), or a folder",
         layout=(
             "npz: z [n] atomic numbers, R [M, n, 3] angstrom, E [M, 1] kcal/mol, F [M, n, 3] kcal/mol/angstrom; "
-            "neutral singlets"
+            "neutral singlets; texts about the set are not read, but for its units where it states them"
         ),
         url="http://www.sgdml.org/#datasets",
         doi="10.1126/sciadv.adf0873",
@@ -231,10 +214,3 @@ def _numbers(path: Path, name: str) -> NDArray[np.uint8]:
         found = f"{numbers.min()}..{numbers.max()}"
         raise ValueError(f"{path}: {name}: expected atomic numbers 1..{MAX_ATOMIC_NUMBER}, found {found}")
     return numbers.astype(np.uint8)
-
-
-def _labelled(table: StructureTable) -> StructureTable:
-    """Return the structures that have a label; a frame without energy and without forces is left out."""
-    if not any(np.isnan(array).any() for name, array in table.labels.items() if name.startswith("energy.")):
-        return table
-    return table.where(np.any([table.carries(level) for level in table.fidelities], axis=0))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from rung.data.fidelity import Fidelity
-from rung.data.sources.source import PART_STRUCTURES, Part, Source, SourceInfo, cut
+from rung.data.sources.source import Part, Source, SourceInfo, cut
 from rung.data.table import StructureTable
 
 
@@ -27,7 +27,7 @@ class InMemory(Source):
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """See `Source`; there are no files."""
-        return cut(Path("memory"), len(self.table), PART_STRUCTURES)
+        return cut(Path("memory"), len(self.table), len(self.table.numbers) // max(len(self.table), 1))
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         """See `Source`."""

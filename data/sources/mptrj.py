@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rung.data.fidelity import Fidelity
-from rung.data.sources.json_stream import JsonStream, array, crystal, full_stress, number, open_text, tables
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.sources.archive import read_texts, text_parts
+from rung.data.sources.json_stream import JsonStream, open_text
+from rung.data.sources.records import array, calculated, crystal, geometry, number, tables
+from rung.data.sources.source import Part, Source, SourceInfo, existing, whole
 from rung.data.structure import Labels, Structure
 from rung.data.table import StructureTable
 from rung.data.units import KBAR
 
 PART_BYTES = 360_000_000  # of the JSON: about 50,000 of its 1,580,395 frames
-PART_FILES = 4_600  # of the zip: one file per material, about 11 frames each
+_FRAMES = 11  # of a material, about
 _PBE_U = Fidelity(
     "pbe_u", "PBE / PBE+U", code="VASP", description="Materials Project settings (MPRelaxSet), U for some oxides"
 )
@@ -43,7 +45,7 @@ class MPtrj(Source):
         layout=(
             "{material: {frame: {structure (pymatgen), uncorrected_total_energy and corrected_total_energy in eV, "
             "force in eV/A, stress in kbar with VASP's sign}}}; the extxyz files hold the same with energy, forces and "
-            "stress in eV and A (ASE's sign)"
+            "stress in eV and A (ASE's sign); magnetic moments and band gaps are not read"
         ),
         url="https://figshare.com/articles/dataset/23713842",
         doi="10.1038/s42256-023-00716-3",
@@ -52,10 +54,6 @@ class MPtrj(Source):
         structures=1_580_395,
         size="11.3 GB (JSON), 1.6 GB (zip of extxyz)",
     )
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {_PBE_U.name: _PBE_U}
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return byte ranges of JSON files and ranges of the files in a zip."""
@@ -73,11 +71,9 @@ class MPtrj(Source):
 def _parts(path: Path) -> list[Part]:
     size = path.stat().st_size
     if path.suffix == ".zip":
-        count = len(_members(path))
-        starts = range(0, count, PART_FILES)
-        return [Part(path, s, min(s + PART_FILES, count), size * min(PART_FILES, count - s) // count) for s in starts]
+        return text_parts(path, ".extxyz", _FRAMES)
     if path.suffix == ".gz":
-        return [Part(path, bytes=size)]
+        return [whole(path)]
     with open_text(path) as file:
         JsonStream(file, path).take("{")
     return [Part(path, s, min(s + PART_BYTES, size), min(PART_BYTES, size - s)) for s in range(0, size, PART_BYTES)]
@@ -134,53 +130,29 @@ def _structure(material: str, frame: str, record: Mapping[str, Any], corrected: 
         forces=None if forces is None else array(forces, (len(atoms["numbers"]), 3), "force"),
         stress=None if stress is None else array(stress, (3, 3), "stress") * np.float32(-KBAR),
     )
-    return Structure(key=f"{material}/{frame}", group=material, labels={"pbe_u": labels}, **atoms)
-
-
-def _members(path: Path) -> list[str]:
-    """Return the extxyz files of a zip; raise ValueError for another file and for a zip without them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(archive.namelist())
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not a readable zip ({error}); damaged or truncated?") from error
-    found = [name for name in names if name.endswith(".extxyz") and not name.startswith("__MACOSX")]
-    if not found:
-        raise ValueError(f"{path}: expected one .extxyz file per material, found {', '.join(names[:8]) or 'no file'}")
-    return found
+    return Structure(key=f"{material}/{frame}", group=material, labels={_PBE_U.name: labels}, **atoms)
 
 
 def _zipped(part: Part, corrected: bool) -> Iterator[Structure]:
     from ase.io import iread
 
-    with zipfile.ZipFile(part.path) as archive:
-        for name in _members(part.path)[part.start : None if part.stop < 0 else part.stop]:
-            material = Path(name).stem
-            try:
-                text = io.StringIO(archive.read(name).decode())
-                for atoms in iread(text, index=":", format="extxyz"):
-                    yield _extxyz_structure(material, atoms, corrected)
-            except Exception as error:  # ASE's reader raises anything: KeyError, IndexError, XYZError, ...
-                message = f"{part.path}: {name}: expected frames in extxyz with task_id, calc_id and ionic_step"
-                raise ValueError(f"{message} ({type(error).__name__}: {error})") from error
+    for material, text in read_texts(part, ".extxyz"):
+        try:
+            for atoms in iread(io.StringIO(text), index=":", format="extxyz"):
+                yield _extxyz_structure(material, atoms, corrected)
+        except Exception as error:  # ASE's reader raises anything: KeyError, IndexError, XYZError, ...
+            message = f"{part.path}: {material}.extxyz: expected frames in extxyz with task_id, calc_id and ionic_step"
+            raise ValueError(f"{message} ({type(error).__name__}: {error})") from error
 
 
 def _extxyz_structure(material: str, atoms: Any, corrected: bool) -> Structure:
-    results = {} if atoms.calc is None else atoms.calc.results
     info = atoms.info
-    energy = info["corrected_total_energy"] if corrected else results.get("energy")
-    forces, stress = results.get("forces"), results.get("stress")
-    labels = Labels(
-        energy=number(energy, "energy"),
-        forces=None if forces is None else array(forces, (len(atoms), 3), "forces"),
-        stress=None if stress is None else array(full_stress(stress), (3, 3), "stress"),
-    )
+    labels = calculated(atoms)
+    if corrected:
+        labels = dataclasses.replace(labels, energy=number(info["corrected_total_energy"], "corrected_total_energy"))
     return Structure(
         key=f"{material}/{info['task_id']}-{info['calc_id']}-{info['ionic_step']}",
         group=material,
-        numbers=atoms.numbers.astype(np.uint8),
-        positions=atoms.positions.astype(np.float32),
-        cell=np.asarray(atoms.cell.array, np.float32),
-        pbc=np.asarray(atoms.pbc, np.bool_),
-        labels={"pbe_u": labels},
+        labels={_PBE_U.name: labels},
+        **geometry(atoms),
     )

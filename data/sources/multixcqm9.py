@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.data.fidelity import Fidelity, unknown_fidelity
+from rung.data.fidelity import Fidelity
 from rung.data.sources.archive import read_texts, text_parts
+from rung.data.sources.common import batches, labelled
 from rung.data.sources.qm9 import gdb9_key, parse_atoms
-from rung.data.sources.source import PART_STRUCTURES, TABLE_STRUCTURES, Part, Source, SourceInfo, existing
+from rung.data.sources.source import LevelsSource, Part, SourceInfo, existing
 from rung.data.table import StructureTable
 
 BASES = ("SZ", "DZP", "TZP")
@@ -67,7 +68,7 @@ COLUMNS = {level_name(name, basis): Column(basis, name) for basis in BASES for n
 
 
 @dataclass(frozen=True)
-class MultiXCQM9(Source):
+class MultiXCQM9(LevelsSource):
     """Energies at any of 229 levels; by default PBE, B3LYP-D and M06-2X in the TZP basis and GFN2-xTB.
 
     Energies of functionals are ADF's bonding energies, relative to its spherical, spin-restricted atoms: they differ
@@ -83,7 +84,7 @@ class MultiXCQM9(Source):
         files="the folder into which xyz.zip, sz.zip, dzp.zip, tzp.zip and xtb.zip were unpacked",
         layout=(
             "xyzfiles/*_<index>.xyz (angstrom) and SZ|DZP|TZP|XTB/molecules/molecules.csv with a column 'index' and "
-            "one per functional (GFNXTB in XTB), in eV; neutral singlets"
+            "one per functional (GFNXTB in XTB), in eV; neutral singlets; tables of reactions are not read"
         ),
         url="https://github.com/chemsurajit/largeDFTdata",
         doi="10.1038/s41597-023-02690-2",
@@ -99,32 +100,19 @@ class MultiXCQM9(Source):
         ),
     )
 
-    def __post_init__(self) -> None:
-        if not self.levels:
-            raise ValueError(f"levels: expected at least one, such as '{XTB_LEVEL}', found none")
-        for level in self.levels:
-            if level not in COLUMNS:
-                raise unknown_fidelity(level, COLUMNS)
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {fidelity.name: fidelity for fidelity in self.info.fidelities if fidelity.name in self.levels}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
-        """Return parts of PART_STRUCTURES molecules each, after a look at the header of every table that is needed."""
+        """Return parts whose items are molecules, after a look at the header of every table that is needed."""
         parts = []
         for folder in existing(paths, self.info):
             for levels in self._by_folder():
                 _columns(_table_file(folder, levels[0]), [COLUMNS[level].name for level in levels])
-            parts += text_parts(_geometries(folder), ".xyz", PART_STRUCTURES)
+            parts += text_parts(_geometries(folder), ".xyz")
         return parts
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         energies = [_energies(part.path.parent, levels) for levels in self._by_folder()]
-        texts = read_texts(part, ".xyz")
-        while batch := list(islice(texts, TABLE_STRUCTURES)):
-            table = _table(part.path, batch, energies)
-            yield table.where(np.any([table.carries(level) for level in self.levels], axis=0))
+        for batch in batches(read_texts(part, ".xyz")):
+            yield labelled(_table(part.path, batch, energies), self.levels)
 
     def _by_folder(self) -> list[list[str]]:
         folders = dict.fromkeys(COLUMNS[level].folder for level in self.levels)

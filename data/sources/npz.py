@@ -17,6 +17,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from rung.data.sources.common import slices
+
 _LOCAL_HEADER = 30  # bytes before a member's name (APPNOTE.TXT 4.3.7)
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError)  # RuntimeError: encrypted
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -56,8 +58,8 @@ def read_array(path: Path, name: str) -> NDArray[Any]:
             raise ValueError(f"{path}: array '{name}' cannot be read: {error}") from error
 
 
-def read_rows(path: Path, names: Sequence[str], start: int, stop: int, step: int) -> Iterator[dict[str, NDArray[Any]]]:
-    """Yield rows start..stop of the arrays, `step` at a time; arrays that are not compressed are sought, not read over.
+def read_rows(path: Path, names: Sequence[str], start: int, stop: int) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield rows start..stop of arrays, TABLE_STRUCTURES at a time; those not compressed are sought, not read over.
 
     Raises ValueError naming the file and the array for data that ends early or is stored column by column.
     """
@@ -68,8 +70,8 @@ def read_rows(path: Path, names: Sequence[str], start: int, stop: int, step: int
             stream, header = _at_first_row(archive, f"{name}.npy", path)
             streams[name] = stack.enter_context(stream), header
             stream.seek(start * _row_bytes(header), 1)
-        for first in range(start, stop, step):
-            count = min(step, stop - first)
+        for rows in slices(stop - start):
+            count = rows.stop - rows.start
             yield {name: _take(stream, header, count, f"{path}: {name}") for name, (stream, header) in streams.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,31 +10,14 @@ from typing import ClassVar
 import numpy as np
 from ase.data import atomic_numbers
 
-from rung.data.fidelity import Fidelity
-from rung.data.sources.hdf5 import (
-    Group,
-    child,
-    cut_groups,
-    dataset,
-    gathered,
-    is_group,
-    labelled,
-    names_in,
-    naming,
-    opened,
-    repeated,
-    slices,
-    span,
-    where,
-)
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.sources.ani1x import WB97X_631GD, WB97X_631GD_ATOMS
+from rung.data.sources.common import gathered, labelled, of_one_size, slices
+from rung.data.sources.hdf5 import Group, child, dataset, is_group, names_in, naming, opened, where
+from rung.data.sources.source import Part, Source, SourceInfo, cut_groups, existing, span
 from rung.data.table import Array, StructureTable
 from rung.data.units import HARTREE
 
-LEVEL = Fidelity("wb97x_631gd", "wB97X", "6-31G(d)", code="Gaussian 09")
-
-# Isolated atoms, Hartree, from the README of the ANI-1 data set.
-_ATOMS = {1: -0.500607632585, 6: -37.8302333826, 7: -54.5680045287, 8: -75.0362229210}
+LEVEL = WB97X_631GD.name
 
 
 @dataclass(frozen=True)
@@ -50,20 +33,17 @@ class PyAniTools(Source):
         layout=(
             "HDF5, nested groups with one molecule each: species [n] (symbols), coordinates [conformers, n, 3] in "
             "angstrom, energies [conformers] in Hartree, where computed forces [conformers, n, 3] in Hartree/angstrom, "
-            "in ANI-1 smiles (characters) and coordinatesHE, energiesHE of the conformers of high energy"
+            "in ANI-1 smiles (characters) and coordinatesHE, energiesHE of the conformers of high energy; other "
+            "datasets are not read"
         ),
         url="https://doi.org/10.6084/m9.figshare.c.3846712",
         doi="10.1038/sdata.2017.193",
         citation="J. S. Smith, O. Isayev, A. E. Roitberg, Sci. Data 4, 170193 (2017); COMP6: J. S. Smith, B. Nebgen, "
         "N. Lubbers, O. Isayev, A. E. Roitberg, J. Chem. Phys. 148, 241733 (2018)",
-        fidelities=(LEVEL,),
+        fidelities=(WB97X_631GD,),
         structures=22_057_374,
-        e0={LEVEL.name: {z: energy * HARTREE for z, energy in _ATOMS.items()}},
+        e0={LEVEL: WB97X_631GD_ATOMS},
     )
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {LEVEL.name: LEVEL}
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return parts whose items are molecules."""
@@ -77,11 +57,13 @@ class PyAniTools(Source):
 
     def _parts(self, path: Path) -> list[Part]:
         with opened(path) as file:
-            return cut_groups(path, [self._count(child(file, name)) for name in _molecules(file)])
+            shapes = [self._shape(child(file, name)) for name in _molecules(file)]
+        return cut_groups(path, [M for M, _ in shapes], [n for _, n in shapes])
 
-    def _count(self, group: Group) -> int:
-        count = len(dataset(group, "coordinates", (None, None, 3)))
-        return count + (_high_energy(group) if self.high_energy else 0)
+    def _shape(self, group: Group) -> tuple[int, int]:
+        """Return how many conformers of how many atoms a molecule has."""
+        M, n, _ = dataset(group, "coordinates", (None, None, 3)).shape
+        return M + (_high_energy(group) if self.high_energy else 0), n
 
     def _molecule(self, file: Group, name: str, stem: str) -> Iterator[StructureTable]:
         group = child(file, name)
@@ -100,20 +82,12 @@ def _conformers(group: Group, suffix: str, numbers: Array, key: str, identity: s
     if not suffix and "forces" in group:
         forces = dataset(group, "forces", (len(coordinates), n, 3))
     for rows in slices(len(coordinates)):
-        count = rows.stop - rows.start
-        labels = {f"energy.{LEVEL.name}": energies[rows].astype(np.float64) * HARTREE}
+        labels = {f"energy.{LEVEL}": energies[rows].astype(np.float64) * HARTREE}
         if forces is not None:
-            labels[f"forces.{LEVEL.name}"] = forces[rows] * HARTREE
+            labels[f"forces.{LEVEL}"] = forces[rows] * HARTREE
         with naming(group):
-            table = StructureTable.make(
-                [f"{key}-{row:06d}" for row in range(rows.start, rows.stop)],
-                repeated(identity, count),
-                np.full(count, n),
-                np.tile(numbers, count),
-                coordinates[rows],
-                labels=labels,
-            )
-        yield labelled(table, [LEVEL.name])
+            table = of_one_size(key, rows.start, identity, numbers, coordinates[rows], labels)
+        yield labelled(table, [LEVEL])
 
 
 def _molecules(group: Group, prefix: str = "") -> list[str]:

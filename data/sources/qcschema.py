@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rung.data.fidelity import Fidelity, check_name
-from rung.data.sources.json_stream import JsonStream, array, formula, number, numbers_of, open_text, tables
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.sources.common import formula
+from rung.data.sources.json_stream import JsonStream, open_text
+from rung.data.sources.records import array, number, numbers_of, tables, whole_number
+from rung.data.sources.source import Part, Source, SourceInfo, existing, whole
 from rung.data.structure import Labels, Structure
 from rung.data.table import StructureTable
 from rung.data.units import BOHR, HARTREE, HARTREE_BOHR
@@ -42,7 +44,8 @@ class QCSchema(Source):
         files="*.json, *.jsonl (or .gz): one result, a list of results, or one result a line",
         layout=(
             "AtomicResult, version 1: molecule {symbols, geometry in bohr, molecular_charge, molecular_multiplicity}, "
-            "driver, model {method, basis}, return_result and properties in hartree and bohr"
+            "driver, model {method, basis}, return_result and properties in hartree and bohr; other properties are not "
+            "read"
         ),
         url="https://github.com/MolSSI/QCSchema",
     )
@@ -71,7 +74,7 @@ class QCSchema(Source):
         for path in existing(paths, self.info):
             with open_text(path) as file:
                 _first(JsonStream(file, path))
-        return [Part(path, bytes=path.stat().st_size) for path in paths]
+        return [whole(path) for path in paths]
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         """Yield the results of a file; keys are the file's name and the place in it, groups the molecule's identifier.
@@ -173,8 +176,8 @@ def _structure(key: str, fidelity: str, record: Mapping[str, Any]) -> Structure:
         group=str(group or formula(numbers)),
         numbers=numbers,
         positions=positions.astype(np.float32),
-        charge=_whole(molecule.get("molecular_charge", 0), "molecule.molecular_charge"),
-        multiplicity=_whole(molecule.get("molecular_multiplicity", 1), "molecule.molecular_multiplicity"),
+        charge=whole_number(molecule.get("molecular_charge", 0), "molecule.molecular_charge"),
+        multiplicity=whole_number(molecule.get("molecular_multiplicity", 1), "molecule.molecular_multiplicity"),
         labels={fidelity: _labels(record, len(numbers))},
     )
 
@@ -200,10 +203,3 @@ def _per_atom(value: Any, num_atoms: int, name: str) -> Any:
     """Return [n, 3] of 3 n numbers, flat or not."""
     flat = isinstance(value, list) and value and not isinstance(value[0], list)
     return array(value, (3 * num_atoms,) if flat else (num_atoms, 3), name, np.float64).reshape(num_atoms, 3)
-
-
-def _whole(value: Any, name: str) -> int:
-    found = number(value, name)
-    if found is None or not found.is_integer():
-        raise ValueError(f"{name}: expected a whole number, found {value!r}")
-    return int(found)

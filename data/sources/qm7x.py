@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -10,21 +10,10 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from rung.data.fidelity import Fidelity, unknown_fidelity
-from rung.data.sources.hdf5 import (
-    Group,
-    child,
-    cut_groups,
-    dataset,
-    gathered,
-    labelled,
-    names_in,
-    naming,
-    opened,
-    span,
-)
-from rung.data.sources.hdf5_small import small
-from rung.data.sources.source import TABLE_STRUCTURES, Part, Source, SourceInfo, existing
+from rung.data.fidelity import Fidelity
+from rung.data.sources.common import batches, gathered, labelled, repeated
+from rung.data.sources.hdf5 import Group, child, dataset, names_in, naming, opened, small
+from rung.data.sources.source import LevelsSource, Part, SourceInfo, cut_groups, existing, span
 from rung.data.table import Array, StructureTable
 
 
@@ -49,7 +38,7 @@ LEVELS = {
 
 
 @dataclass(frozen=True)
-class QM7X(Source):
+class QM7X(LevelsSource):
     """Read `1000.hdf5` ... `8000.hdf5`.
 
     Some conformers occur twice under other names; `duplicates` is the published list of them (`DupMols.dat`), whose
@@ -62,7 +51,7 @@ class QM7X(Source):
         files="1000.hdf5, 2000.hdf5, ... 8000.hdf5, unpacked from 1000.xz ... 8000.xz",
         layout="HDF5, molecule ('1') / structure ('Geom-m1-i1-c1-opt', 'Geom-m1-i1-c1-d1'): atNUM [n], atXYZ [n, 3] "
         "(angstrom), ePBE0+MBD, ePBE0, eDFTB+MBD [1] (eV), totFOR, pbe0FOR [n, 3] (eV/angstrom), vDIP [3] (e angstrom)"
-        "; neutral singlets",
+        "; neutral singlets; other properties are not read",
         url="https://zenodo.org/records/4288677",
         doi="10.5281/zenodo.4288677",
         licence="CC-BY-4.0",
@@ -74,17 +63,6 @@ class QM7X(Source):
     )
     levels: tuple[str, ...] = ("pbe0_mbd",)
     duplicates: str = ""
-
-    def __post_init__(self) -> None:
-        for name in self.levels:
-            if name not in LEVELS:
-                raise unknown_fidelity(name, LEVELS)
-        if not self.levels:
-            raise ValueError(f"qm7x: levels: expected at least one of {', '.join(LEVELS)}, found none")
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {name: LEVELS[name].fidelity for name in self.levels}
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return parts whose items are molecules."""
@@ -101,14 +79,13 @@ class QM7X(Source):
     def _tables(self, group: Group, name: str, duplicated: frozenset[str]) -> Iterator[StructureTable]:
         """Yield the structures of one molecule; they all have the same number of atoms."""
         kept = [key for key in names_in(group) if key.rpartition("-")[0] not in duplicated]
-        for start in range(0, len(kept), TABLE_STRUCTURES):
-            keys = kept[start : start + TABLE_STRUCTURES]
+        for keys in batches(kept):
             n = len(dataset(child(group, keys[0]), "atNUM", (None,), "iu"))
             numbers = _stacked(group, keys, "atNUM", (n,), np.int64)
             with naming(group):
                 table = StructureTable.make(
                     keys,
-                    [name] * len(keys),
+                    repeated(name, len(keys)),
                     np.full(len(keys), n),
                     numbers,
                     _stacked(group, keys, "atXYZ", (n, 3)),
@@ -132,7 +109,8 @@ def _parts(path: Path) -> list[Part]:
     if path.suffix == ".xz":
         raise ValueError(f"{path}: expected HDF5, found a compressed file; unpack it first (xz --decompress)")
     with opened(path) as file:
-        return cut_groups(path, [len(child(file, name)) for name in names_in(file)])
+        counts = [len(child(file, name)) for name in names_in(file)]
+    return cut_groups(path, counts, [0] * len(counts))
 
 
 def _duplicated(path: str) -> frozenset[str]:

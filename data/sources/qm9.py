@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +11,8 @@ import numpy as np
 
 from rung.data.fidelity import Fidelity
 from rung.data.sources.archive import read_texts, text_parts
-from rung.data.sources.source import PART_STRUCTURES, TABLE_STRUCTURES, Part, Source, SourceInfo, existing
+from rung.data.sources.common import batches
+from rung.data.sources.source import Part, Source, SourceInfo, existing
 from rung.data.table import StructureTable
 from rung.data.units import HARTREE
 
@@ -50,7 +50,8 @@ class QM9(Source):
         files="dsgdb9nsd.xyz.tar.bz2, or a folder of its dsgdb9nsd_*.xyz",
         layout=(
             "xyz per molecule: number of atoms; 'gdb', index and 15 properties (zpve and U0 in hartree); element, x, "
-            "y, z (angstrom), Mulliken charge of each atom; frequencies; SMILES; InChI; exponents also written *^"
+            "y, z (angstrom), Mulliken charge of each atom; frequencies; SMILES; InChI; exponents also written "
+            "*^; other properties are not read"
         ),
         url="https://doi.org/10.6084/m9.figshare.c.978904",
         doi="10.1038/sdata.2014.22",
@@ -64,23 +65,17 @@ class QM9(Source):
         e0={_LEVEL: {number: energy * HARTREE for number, energy in _ATOMS.items()}},
     )
 
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {fidelity.name: fidelity for fidelity in self.info.fidelities}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
-        """Return parts of PART_STRUCTURES files of a folder; the compressed archive is one part."""
+        """Return parts whose items are the files of a folder; the compressed archive is one part."""
         if self.uncharacterized:
             _indices(Path(self.uncharacterized))
-        found = existing(paths, self.info)
-        return [part for path in found for part in text_parts(path, ".xyz", PART_STRUCTURES)]
+        return [part for path in existing(paths, self.info) for part in text_parts(path, ".xyz")]
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         left_out = _indices(Path(self.uncharacterized)) if self.uncharacterized else frozenset()
         read = (_molecule(part.path, name, text) for name, text in read_texts(part, ".xyz"))
         molecules = (molecule for molecule in read if molecule.gdb9 not in left_out)
-        while batch := list(islice(molecules, TABLE_STRUCTURES)):
-            yield _table(batch)
+        yield from map(_table, batches(molecules))
 
 
 def gdb9_key(index: int) -> str:

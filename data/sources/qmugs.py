@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -11,17 +11,10 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from ase.data import atomic_numbers
 
-from rung.data.fidelity import Fidelity, unknown_fidelity
-from rung.data.sources.source import (
-    PART_STRUCTURES,
-    TABLE_STRUCTURES,
-    Part,
-    Source,
-    SourceInfo,
-    cut,
-    existing,
-)
-from rung.data.sources.tar_stream import damage_named, tar_members
+from rung.data.fidelity import Fidelity
+from rung.data.sources.archive import damage_named, tar_members
+from rung.data.sources.common import batches
+from rung.data.sources.source import LevelsSource, Part, SourceInfo, cut_groups, existing, span, whole
 from rung.data.table import StructureTable
 from rung.data.units import HARTREE
 
@@ -30,13 +23,13 @@ _LEVELS = {
     "wb97xd_def2svp": Fidelity("wb97xd_def2svp", "wB97X-D", "def2-SVP", "D", "Psi4"),
 }
 _PROPERTIES = {"gfn2_xtb": "GFN2:TOTAL_ENERGY", "wb97xd_def2svp": "DFT:TOTAL_ENERGY"}  # hartree
-_CONFORMERS = 3  # of a molecule, about
+_CONFORMERS, _ATOMS = 3, 60  # of a molecule, about
 _MAX_SDF = 16_000_000  # bytes; the largest molecule (some 200 atoms) needs far less than 1 MB
 _OLD_CHARGES = {"1": 3, "2": 2, "3": 1, "5": -1, "6": -2, "7": -3}  # codes of the atom block of V2000
 
 
 @dataclass(frozen=True)
-class QMugs(Source):
+class QMugs(LevelsSource):
     """Read `structures.tar.gz` as it is, or the folder `structures` that it unpacks to."""
 
     info: ClassVar[SourceInfo] = SourceInfo(
@@ -44,7 +37,8 @@ class QMugs(Source):
         title="QMugs, quantum mechanical properties of drug-like molecules",
         files="structures.tar.gz, or the folder 'structures' unpacked from it (<ChEMBL id>/conf_<nn>.sdf)",
         layout="one SDF (V2000, angstrom) per conformer with the properties GFN2:TOTAL_ENERGY and DFT:TOTAL_ENERGY "
-        "(hartree); no forces; geometries are optimised at GFN2-xTB; the charge is the sum of formal charges",
+        "(hartree); no forces; geometries are optimised at GFN2-xTB; the charge is the sum of formal charges; other "
+        "properties are not read",
         url="https://www.research-collection.ethz.ch/handle/20.500.11850/482129",
         doi="10.3929/ethz-b-000482129",
         citation="Isert, Atz, Jimenez-Luna, Schneider, QMugs, quantum mechanical properties of drug-like molecules, "
@@ -55,49 +49,32 @@ class QMugs(Source):
     )
     levels: tuple[str, ...] = tuple(_LEVELS)
 
-    def __post_init__(self) -> None:
-        for level in self.levels:
-            if level not in _LEVELS:
-                raise unknown_fidelity(level, _LEVELS)
-        if not self.levels:
-            raise ValueError(f"qmugs: levels: expected at least one of {', '.join(_LEVELS)}, found none")
-
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {level: _LEVELS[level] for level in self.levels}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return one part per archive (gzip has no index); items of a folder's parts are its molecules, by name."""
         parts = []
         for path in existing(paths, self.info):
             if path.is_dir():
-                parts += cut(path, len(_molecules(path)), max(1, PART_STRUCTURES // _CONFORMERS))
+                molecules = len(_molecules(path))
+                parts += cut_groups(path, [_CONFORMERS] * molecules, [_ATOMS] * molecules)
             elif path.name.endswith((".tar.gz", ".tgz")):
-                parts.append(Part(path, bytes=path.stat().st_size))
+                parts.append(whole(path))
             else:
                 raise ValueError(f"{path}: expected {self.info.files}, found another file")
         return parts
 
     def read(self, part: Part) -> Iterator[StructureTable]:
-        with damage_named(part.path):
-            waiting: list[_Conformer] = []
-            for conformer in self._conformers(part):
-                waiting.append(conformer)
-                if len(waiting) == TABLE_STRUCTURES:
-                    yield self._table(waiting)
-                    waiting = []
-            if waiting:
-                yield self._table(waiting)
+        yield from map(self._table, batches(self._conformers(part)))
 
     def _conformers(self, part: Part) -> Iterator[_Conformer]:
         files = _in_folder(part) if part.path.is_dir() else _in_archive(part.path)
         empty = True
-        for molecule, name, content in files:
-            empty = False
-            place = f"{part.path}: {molecule}/{name}"
-            conformer = _parse(content, place, molecule, name.removesuffix(".sdf"), self.levels)
-            if not np.isnan(conformer.energies).all():
-                yield conformer
+        with damage_named(part.path):
+            for molecule, name, content in files:
+                empty = False
+                place = f"{part.path}: {molecule}/{name}"
+                conformer = _parse(content, place, molecule, name.removesuffix(".sdf"), self.levels)
+                if not np.isnan(conformer.energies).all():
+                    yield conformer
         if empty:
             raise ValueError(f"{part.path}: expected files <ChEMBL id>/conf_<nn>.sdf, found no .sdf")
 
@@ -133,7 +110,8 @@ def _molecules(folder: Path) -> list[str]:
 
 
 def _in_folder(part: Part) -> Iterator[tuple[str, str, bytes]]:
-    for molecule in _molecules(part.path)[part.start : part.stop if part.stop >= 0 else None]:
+    names = _molecules(part.path)
+    for molecule in (names[index] for index in span(part, len(names))):
         files = sorted((part.path / molecule).glob("*.sdf"))
         if not files:
             raise ValueError(f"{part.path / molecule}: expected conf_<nn>.sdf, found no .sdf")

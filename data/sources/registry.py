@@ -65,7 +65,7 @@ def source_class(name: str) -> type[Source]:
     module, _, attribute = targets[name].partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         message = f"source '{name}' needs a library: {error}; install it with: pip install 'rung[sources]'"
         raise ValueError(message) from error
     except AttributeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,22 +12,9 @@ import h5py
 import numpy as np
 
 from rung.data.fidelity import Fidelity
-from rung.data.sources.hdf5 import (
-    Group,
-    child,
-    cut_groups,
-    gathered,
-    labelled,
-    names_in,
-    naming,
-    opened,
-    row_counts,
-    slices,
-    span,
-    where,
-)
-from rung.data.sources.hdf5_small import small
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.sources.common import gathered, labelled, of_one_size, slices
+from rung.data.sources.hdf5 import Group, child, group_parts, names_in, naming, opened, small, where
+from rung.data.sources.source import Part, Source, SourceInfo, existing, span
 from rung.data.table import Array, StructureTable
 from rung.data.units import BOHR, HARTREE, HARTREE_BOHR
 
@@ -52,7 +39,8 @@ class Spice(Source):
         files="SPICE-2.0.1.hdf5, or an earlier release such as SPICE-1.1.4.hdf5",
         layout="HDF5, one group per molecule: smiles [1] (with atom maps), atomic_numbers [n], conformations [M, n, 3] "
         "(bohr), dft_total_energy [M] (hartree), dft_total_gradient [M, n, 3] (hartree/bohr), for most scf_dipole "
-        "[M, 3] (e bohr); the charge is that of the SMILES, all are singlets",
+        "[M, 3] (e bohr); the charge is that of the SMILES, all are singlets; formation energies, charges, multipoles "
+        "and bond orders are not read",
         url="https://github.com/openmm/spice-dataset",
         doi="10.5281/zenodo.10975225",
         licence="CC0-1.0",
@@ -64,13 +52,9 @@ class Spice(Source):
         size="37 GB",
     )
 
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {_LEVEL.name: _LEVEL}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return parts whose items are groups (molecules)."""
-        return [part for path in existing(paths, self.info) for part in _parts(path)]
+        return [part for path in existing(paths, self.info) for part in group_parts(path, "conformations")]
 
     def read(self, part: Part) -> Iterator[StructureTable]:
         with opened(part.path) as file:
@@ -79,11 +63,6 @@ class Spice(Source):
             for name in chosen[:1]:  # a file is written in one go
                 _check_units(child(file, name))
             yield from gathered(table for name in chosen for table in _tables(child(file, name), name))
-
-
-def _parts(path: Path) -> list[Part]:
-    with opened(path) as file:
-        return cut_groups(path, row_counts(file, "conformations"))
 
 
 def _tables(group: Group, name: str) -> Iterator[StructureTable]:
@@ -101,18 +80,11 @@ def _tables(group: Group, name: str) -> Iterator[StructureTable]:
     }
     if "scf_dipole" in group:
         labels["dipole"] = small(group, ["scf_dipole"], (M, 3), np.float32) * np.float32(BOHR)
+    group_name, charge = _ATOM_MAP.sub("]", smiles), charge_of(smiles)
     for rows in slices(M):
-        count = rows.stop - rows.start
+        chosen = {f"{kind}.{_LEVEL.name}": values[rows] for kind, values in labels.items()}
         with naming(group):
-            table = StructureTable.make(
-                [f"{name}-{row:06d}" for row in range(rows.start, rows.stop)],
-                [_ATOM_MAP.sub("]", smiles)] * count,
-                np.full(count, n),
-                np.tile(numbers, count),
-                positions[rows],
-                charge=charge_of(smiles),
-                labels={f"{kind}.{_LEVEL.name}": values[rows] for kind, values in labels.items()},
-            )
+            table = of_one_size(name, rows.start, group_name, numbers, positions[rows], chosen, charge=charge)
         yield labelled(table, [_LEVEL.name])
 
 

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from rung.data.fidelity import Fidelity
-from rung.data.sources.hdf5 import (
-    Group,
-    child,
-    cut_groups,
-    dataset,
-    gathered,
-    labelled,
-    names_in,
-    naming,
-    opened,
-    slices,
-    span,
-    where,
-)
-from rung.data.sources.source import Part, Source, SourceInfo, existing
+from rung.data.sources.common import gathered, labelled, of_one_size, slices
+from rung.data.sources.hdf5 import Group, child, dataset, names_in, naming, opened, where
+from rung.data.sources.source import Part, Source, SourceInfo, cut_groups, existing, span
 from rung.data.table import StructureTable
 
 _LEVEL = Fidelity("wb97x_631gd", "wB97X", "6-31G(d)", code="ORCA 5.0.2")
@@ -61,10 +47,6 @@ class Transition1x(Source):
         e0={_LEVEL.name: _ATOMS},
     )
 
-    @property
-    def fidelities(self) -> Mapping[str, Fidelity]:
-        return {_LEVEL.name: _LEVEL}
-
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Return parts whose items are reactions."""
         return [part for path in existing(paths, self.info) for part in _parts(path)]
@@ -79,8 +61,8 @@ class Transition1x(Source):
 def _parts(path: Path) -> list[Part]:
     with opened(path) as file:
         reactions = (child(file, "/".join(names)) for names in _reactions(file))
-        counts = [len(_ENDS) + len(dataset(reaction, "positions", (None, None, 3))) for reaction in reactions]
-        return cut_groups(path, counts)
+        shapes = [dataset(reaction, "positions", (None, None, 3)).shape for reaction in reactions]
+    return cut_groups(path, [len(_ENDS) + M for M, _, _ in shapes], [n for _, n, _ in shapes])
 
 
 def _reactions(file: Group) -> list[tuple[str, str, str]]:
@@ -110,14 +92,7 @@ def _images(group: Group, name: str, formula: str) -> Iterator[StructureTable]:
     M = len(positions)
     energy, forces = dataset(group, _ENERGY, (M,)), dataset(group, _FORCES, (M, n, 3))
     for rows in slices(M):
-        count = rows.stop - rows.start
+        labels = {f"energy.{_LEVEL.name}": energy[rows], f"forces.{_LEVEL.name}": forces[rows]}
         with naming(group):
-            table = StructureTable.make(
-                [f"{name}-{row:06d}" for row in range(rows.start, rows.stop)],
-                [formula] * count,
-                np.full(count, n),
-                np.tile(numbers, count),
-                positions[rows],
-                labels={f"energy.{_LEVEL.name}": energy[rows], f"forces.{_LEVEL.name}": forces[rows]},
-            )
+            table = of_one_size(name, rows.start, formula, numbers, positions[rows], labels)
         yield labelled(table, [_LEVEL.name])

@@ -21,7 +21,7 @@ from rung.data.manifest import Manifest, read_manifest, resolve_dataset
 from rung.data.pack import decode
 from rung.data.read import read_any
 from rung.data.report import dataset_report
-from rung.data.shard import ShardInfo, read_packs, write_shard
+from rung.data.shard import ShardInfo, cut_packs, read_packs, write_shard
 from rung.data.split import SplitFractions
 from rung.data.structure import Labels, Structure
 from rung.data.table import StructureTable
@@ -58,7 +58,8 @@ def by_key(structures: list[Structure]) -> dict[str, dict[str, Any]]:
 
 
 def write(structures: list[Structure], path: Path) -> ShardInfo:
-    return write_shard(StructureTable.of(structures), path, "train", pack_atoms=60)
+    table = StructureTable.of(structures)
+    return write_shard((table.part(*rows) for rows in cut_packs(table.num_atoms, 60)), path, "train")
 
 
 class TestSplit:
@@ -178,6 +179,10 @@ class TestBuild:
             ({"e0": {"pbe": {1: -13.6, 6: -1029.0}}}, "isolated-atom energies are given, but none for Z = [8]"),
             ({"e0": {"pbe": {1: -0.5, 6: -37.8, 8: -75.0}}}, "are both in eV and of the same method and code?"),
             ({"e0": {"pbee": E0}}, "unknown fidelity 'pbee'; known: pbe, ccsdt; did you mean 'pbe'?"),
+            (
+                {"structures": [replace(make_structures(1)[0], labels={"pbe": Labels(float("nan"))})]},
+                "energy.pbe: expected a finite energy in eV, or None when absent, found nan",
+            ),
             ({"name": "My Data"}, "name 'My Data': expected lower-case"),
         ],
     )

@@ -47,7 +47,11 @@ def write(folder: Path, parts: dict[str, list[Structure]]) -> Manifest:
     """Write a shard for each part and a manifest that counts with loops over the structures."""
     folder.mkdir(exist_ok=True)
     shards = [
-        write_shard(StructureTable.of(members), folder / f"{part}.tar", part.split("-")[0], pack_atoms=6)
+        write_shard(
+            [StructureTable.of(members[start : start + 3]) for start in range(0, len(members), 3)],
+            folder / f"{part}.tar",
+            part.split("-")[0],
+        )
         for part, members in parts.items()
     ]
     counts: dict[str, dict[str, Counter[str]]] = {name: {"e": Counter(), "f": Counter()} for name in ("low", "high")}

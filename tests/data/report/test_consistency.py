@@ -12,7 +12,7 @@ from rung.data.report import consistency
 from rung.data.report.consistency import CloseGeometries
 from rung.data.report.findings import energy_unit, slope_meaning
 from rung.data.table import StructureTable
-from rung.data.units import BOHR, HARTREE, HARTREE_BOHR, KCAL_MOL
+from rung.data.units import BOHR, HARTREE, HARTREE_BOHR, KCAL_MOL, KJ_MOL
 
 ATOMS = 5
 MINIMUM = np.random.default_rng(7).normal(size=(ATOMS, 3)) * 2
@@ -89,23 +89,37 @@ def test_says_nothing_without_pairs() -> None:
 
 
 def test_memory_is_bounded_and_groups_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(consistency, "_MAX_ATOMS", 2000)
+    monkeypatch.setattr(consistency, "_MAX_ATOMS", 1000)
     close = CloseGeometries()
     for part in range(2):
-        for number in range(40):
+        for number in range(20):
             table = trajectory(40, f"molecule{number}")
             close.add(table.take(np.arange(part, 40, 2)))
     kept = StructureTable.concatenate(close.tables)
-    assert 0 < len(kept.numbers) <= 2000
+    assert 0 < len(kept.numbers) <= 1000
     groups, counts = np.unique(kept.groups.tolist(), return_counts=True)
-    assert 0 < len(groups) < 40 and set(counts) == {40}
+    assert 0 < len(groups) < 20 and set(counts) == {40}
     assert close.consistency("pbe").slope == pytest.approx(1, abs=2e-3)
+
+
+ATOM_COUNTS = {"H": 9, "C": 5, "N": 2, "O": 1}
 
 
 def test_energies_per_element_name_the_unit() -> None:
     wb97x = {"H": -16.2, "C": -1035.95, "N": -1488.67, "O": -2045.68}  # eV
-    assert energy_unit(wb97x) == ""
-    assert energy_unit({symbol: value / HARTREE for symbol, value in wb97x.items()}) == "Hartree"
-    assert energy_unit({symbol: value / KCAL_MOL for symbol, value in wb97x.items()}) == "kcal/mol"
-    assert energy_unit({"H": -0.5}) == "" and energy_unit({"C": -38.0}, "cannot be told apart") == ""
-    assert energy_unit({"C": -150.0, "O": -430.0}) == ""  # pseudopotentials
+    assert energy_unit(wb97x, ATOM_COUNTS) == ""
+    for unit, size in {"Hartree": HARTREE, "kcal/mol": KCAL_MOL, "kJ/mol": KJ_MOL}.items():
+        assert energy_unit({symbol: value / size for symbol, value in wb97x.items()}, ATOM_COUNTS) == unit
+    assert energy_unit({"H": -0.5}, ATOM_COUNTS) == ""
+    assert energy_unit({"C": -150.0, "O": -430.0}, ATOM_COUNTS) == ""  # pseudopotentials
+
+
+def test_energies_that_cannot_be_told_apart_name_the_unit_by_their_sum() -> None:
+    ethanol = {"H": 6, "C": 2, "O": 1}
+    total = 6 * -16.2 + 2 * -1035.95 - 2045.68  # eV
+    share = total / sum(number**2 for number in ethanol.values())
+    smallest = {symbol: number * share for symbol, number in ethanol.items()}  # least squares on one composition
+    assert energy_unit(smallest, ethanol, "cannot be told apart") == ""
+    kcal = {symbol: value / KCAL_MOL for symbol, value in smallest.items()}
+    assert energy_unit(kcal, ethanol, "cannot be told apart") == "kcal/mol"
+    assert energy_unit({**kcal, "Fe": -3e4}, {**ethanol, "Fe": 1}, "cannot be told apart") == ""

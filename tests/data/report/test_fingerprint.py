@@ -110,6 +110,16 @@ def test_many_equal_structures_are_one_component() -> None:
     assert np.unique(fingerprint.components(3000, pairs)).tolist() == [0, 2000]
 
 
+def test_the_sketch_tells_the_frames_of_a_trajectory_apart() -> None:
+    rng = np.random.default_rng(6)
+    atoms = molecule("CH3CH2OH")
+    positions = atoms.positions + rng.normal(scale=0.05, size=(5000, len(atoms), 3))
+    names = [f"s{i}" for i in range(5000)]
+    table = StructureTable.make(names, names, [len(atoms)] * 5000, np.tile(atoms.numbers, 5000), positions)
+    sketches = fingerprint.sketch(table, fingerprint.environments(table))
+    assert fingerprint.near(np.zeros(5000, np.uint64), sketches).mean() < 0.01
+
+
 def test_components_of_a_graph() -> None:
     pairs = np.array([[5, 4], [4, 3], [3, 2], [0, 6]])
     assert fingerprint.components(8, pairs).tolist() == [0, 1, 2, 2, 2, 2, 0, 7]

@@ -18,6 +18,7 @@ from rung.data.fidelity import Fidelity
 from rung.data.report import Report, inspect, to_text, write_report
 from rung.data.report.result import Histogram
 from rung.data.structure import Labels, Structure
+from rung.data.units import HARTREE, HARTREE_BOHR, KCAL_MOL
 
 E0 = {1: -13.6, 6: -1029.0, 8: -2041.0}
 SYMBOLS = {1: "H", 6: "C", 8: "O"}
@@ -160,7 +161,9 @@ def test_repeats_within_a_split_are_a_note(tmp_path: Path) -> None:
     a = clusters()
     report = inspect([write(tmp_path, [*a, posed(a[0], "again", "train97", rng), posed(a[0], "more", "train96", rng)])])
     assert report.duplicates.repeats == {"clusters/train": 2} and report.duplicates.across == 0
-    assert any(text.startswith("clusters/train: 2 structures repeat a geometry") for text in texts(report, "note"))
+    assert any(
+        "repeat a geometry which their split already has: 2 in clusters/train" in n for n in texts(report, "note")
+    )
     assert not texts(report, "problem")
 
 
@@ -183,18 +186,34 @@ def test_outliers_and_rare_elements_are_named(tmp_path: Path) -> None:
     assert re.search(r"1 structure has an energy that composition does not explain .* 's011' by \+", notes)
 
 
-def test_flipped_forces_are_a_problem(tmp_path: Path) -> None:
+def carbon_monoxide(energy: float, force: float) -> list[Structure]:
+    """CO on a spring at many distances, with energies and forces multiplied by these factors."""
     structures = []
     for i, distance in enumerate(np.linspace(0.9, 1.5, 60)):
         positions = np.array([[0, 0, 0], [distance, 0, 0]], np.float32)
-        pull = 40 * (distance - 1.1)
-        gradient = np.array([[-pull, 0, 0], [pull, 0, 0]], np.float32)  # what the forces are the negative of
-        energy = 20 * (distance - 1.1) ** 2 + E0[6] + E0[8]
-        labels = {"low": Labels(float(energy), gradient)}
+        pull = 20 * (distance - 1.1)
+        forces = np.array([[pull, 0, 0], [-pull, 0, 0]]) * force
+        total = (10 * (distance - 1.1) ** 2 + E0[6] + E0[8]) * energy
+        labels = {"low": Labels(float(total), forces.astype(np.float32))}
         structures.append(Structure(f"co{i}", "train0", np.array([6, 8], np.uint8), positions, labels=labels))
-    report = inspect([write(tmp_path, structures)])
-    (problem,) = texts(report, "problem")
-    assert "clusters, low: over" in problem and "the sign of the forces is flipped" in problem
+    return structures
+
+
+@pytest.mark.parametrize(
+    ("energy", "force", "messages"),
+    [
+        (1.0, 1.0, []),
+        (1.0, -1.0, ["the sign of the forces is flipped"]),
+        (1 / HARTREE, 1 / HARTREE_BOHR, ["energies look like Hartree", "forces look like Hartree/bohr"]),
+        (1 / KCAL_MOL, 1 / KCAL_MOL, ["energies look like kcal/mol", "forces look like kcal/(mol angstrom)"]),
+        (1 / KCAL_MOL, -1.0, ["energies look like kcal/mol", "the sign of the forces is flipped"]),
+    ],
+)
+def test_wrong_units_and_signs_are_problems(tmp_path: Path, energy: float, force: float, messages: list[str]) -> None:
+    problems = texts(inspect([write(tmp_path, carbon_monoxide(energy, force))]), "problem")
+    assert len(problems) == len(messages)
+    for problem, message in zip(problems, messages, strict=True):
+        assert problem.startswith("clusters, low: ") and message in problem
 
 
 def test_refuses_nothing_twice_and_damage(tmp_path: Path) -> None:
@@ -257,4 +276,8 @@ def test_writes_json_and_one_page(tmp_path: Path) -> None:
 def test_text_fits_a_terminal(tmp_path: Path) -> None:
     lines = to_text(inspect([write(tmp_path, clusters())])).splitlines()
     assert max(map(len, lines)) <= 110
-    assert lines[0].startswith("findings: 0 problems")
+    assert lines[:3] == [
+        "clusters: 60 structures of 4 to 8 atoms; elements H, C, O; levels of theory high, low",
+        "",
+        "findings: 0 problems, 0 notes",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from rung.data.sources import hdf5
+from rung.data.sources import source as limits
 from rung.data.sources.aimnet2 import Aimnet2
 from rung.data.table import StructureTable, faults
 
@@ -86,8 +87,8 @@ def test_parts_hold_everything_once(
 ) -> None:
     write(path := tmp_path / "aimnet2.h5")
     [whole] = read_all(Aimnet2(), path)
-    monkeypatch.setattr(hdf5, "PART_STRUCTURES", per_part)
-    monkeypatch.setattr(hdf5, "TABLE_STRUCTURES", per_table)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", per_part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", per_table)
     parts = Aimnet2().parts([path])
     assert [part.start for part in parts] == list(range(0, 11, per_part))
     tables = [table for part in parts for table in Aimnet2().read(part)]
@@ -123,3 +124,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="aimnet2.h5: not a readable HDF5 file"):
         Aimnet2().parts([path])
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    write(path := tmp_path / "aimnet2.h5")
+    builds(Aimnet2(), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from ase import units
 
-from rung.data.sources import hdf5
+from rung.data.sources import source as limits
 from rung.data.sources.ani1x import LEVELS, Ani1x
 from rung.data.sources.source import Part
 from rung.data.table import StructureTable, faults
@@ -110,8 +111,8 @@ def test_parts_hold_everything_once(
     [whole] = read_all(Ani1x(), path)
     [again] = Ani1x().read(Part(path))  # to the end
     assert again.keys.tolist() == whole.keys.tolist()
-    monkeypatch.setattr(hdf5, "PART_STRUCTURES", per_part)
-    monkeypatch.setattr(hdf5, "TABLE_STRUCTURES", per_table)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", per_part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", per_table)
     parts = Ani1x().parts([path])
     assert [part.start for part in parts] == [0, *[part.stop for part in parts[:-1]]] and parts[-1].stop == 3
     assert len(parts) == {1: 3, 5: 3, 8: 2, 100: 1}[per_part]
@@ -174,3 +175,8 @@ def test_a_dataset_in_place_of_a_group_is_refused(tmp_path: Path) -> None:
         file["C1H4"] = np.zeros(3)
     with pytest.raises(ValueError, match="other.h5: /: expected a group 'C1H4', found a dataset"):
         Ani1x().parts([path])
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    write(path := tmp_path / "ani1x-release.h5")
+    builds(Ani1x(levels=tuple(LEVELS)), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 
-from rung.data.sources import hdf5
+from rung.data.sources import source as limits
 from rung.data.sources.ani2x import LEVELS, Ani2x
 from rung.data.sources.source import Part
 from rung.data.table import StructureTable, faults
@@ -95,8 +96,8 @@ def test_parts_hold_everything_once(
     [whole] = read_all(Ani2x(), path)
     [again] = Ani2x().read(Part(path))  # to the end
     assert again.keys.tolist() == whole.keys.tolist()
-    monkeypatch.setattr(hdf5, "PART_STRUCTURES", per_part)
-    monkeypatch.setattr(hdf5, "TABLE_STRUCTURES", per_table)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", per_part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", per_table)
     parts = Ani2x().parts([path])
     assert [part.start for part in parts] == list(range(0, 14, per_part))
     assert sum(part.bytes for part in parts) == pytest.approx(path.stat().st_size, abs=len(parts))
@@ -137,3 +138,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="631Gd.h5: not a readable HDF5 file"):
         list(Ani2x().read(part))
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    write(first := tmp_path / "ANI-2x-wB97X-631Gd.h5")
+    write(second := tmp_path / "ANI-2x-wB97MV-def2TZVPP.h5", forces=False)
+    builds(Ani2x(levels=("wb97x_631gd", "wb97mv_def2tzvpp")), first, second)

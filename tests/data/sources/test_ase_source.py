@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rung.data.sources import json_stream
+from rung.data.sources import source as limits
 from rung.data.sources.ase_file import AseFile, read_structures
+from rung.data.sources.records import tables
 
 FRAME = "2\nProperties=species:S:1:pos:R:3:{forces}:R:3 {energy}=-31.{k} mol=m{k}\nH 0 0 0 1 0 0\nH 0 0 0.74 -1 0 0\n"
 
@@ -32,7 +34,8 @@ def test_tables_hold_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_equal(asdict(one), asdict(other))
     assert found[3].key == "a-000003" and found[3].group == "m3"
     assert source.fidelities["ccsdt_cbs"].basis == "CBS" and AseFile("pbe").fidelities["pbe"].method == "pbe"
-    sizes = [len(table) for table in json_stream.tables(iter(expected), 4)]
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", 4)
+    sizes = [len(table) for table in tables(iter(expected))]
     assert sizes == [4, 4, 2]
 
 
@@ -44,3 +47,7 @@ def test_errors(tmp_path: Path) -> None:
     (part,) = AseFile("pbe").parts([write(tmp_path, "a.extxyz", "other", "forces_other")])
     with pytest.raises(ValueError, match="a.extxyz: frame 0: no energy and no forces"):
         list(AseFile("pbe").read(part))
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    builds(AseFile("pbe"), write(tmp_path, "a.extxyz"), write(tmp_path, "b.extxyz"))

@@ -6,7 +6,7 @@ import json
 import lzma
 import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ase.io.jsonio import encode
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from rung.data.sources import aselmdb
+from rung.data.sources import source as limits
 from rung.data.sources.aselmdb import OC20, AseLmdb, OMat24, OMol25
 from rung.data.sources.source import Source
 from rung.data.structure import Structure
@@ -119,8 +120,8 @@ def test_a_plain_database_with_own_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("part", "table"), [(1, 1), (3, 2), (100, 100)])
 def test_parts_hold_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, table: int) -> None:
-    monkeypatch.setattr(aselmdb, "PART_STRUCTURES", part)
-    monkeypatch.setattr(aselmdb, "TABLE_STRUCTURES", table)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", table)
     rows = [row_of(labelled(Atoms("H", positions=[[k, 0, 0]])), {}) for k in range(7)]
     rows.append(row_of(Atoms("H"), {}))  # no labels
     path = write(tmp_path / "a.aselmdb", rows, deleted=[2, 5])
@@ -274,3 +275,21 @@ def test_oc20_rows_and_its_errors(tmp_path: Path) -> None:
     (folder / "0.txt").unlink()
     with pytest.raises(FileNotFoundError, match="0.extxyz: expected 0.txt or 0.txt.xz beside it"):
         read(OC20(), folder)
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    data = {"charge": 0, "spin": 1}
+    rows = [row_of(labelled(molecule(name)), data) for name in ("H2O", "CH4", "NH3", "H2O", "CH3Cl")]
+    builds(OMol25(), write(tmp_path / "data0000.aselmdb", rows, deleted=[2]))
+    crystals = [row_of(labelled(bulk(name), stress=np.array(STRESS)), {}) for name in ("Cu", "Fe", "Si")]
+    builds(OMat24(), write(tmp_path / "data0001.aselmdb", crystals))
+
+
+def test_parts_of_large_rows_hold_fewer_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row_of(labelled(bulk("Cu") * (3, 3, 3)), {}) for _ in range(8)]
+    path = write(tmp_path / "data0000.aselmdb", rows)
+    assert len(OMat24().parts([path])) == 1
+    monkeypatch.setattr(limits, "PART_ATOMS", 8 * 27)
+    parts = OMat24().parts([path])
+    assert len(parts) > 1 and max(part.stop - part.start for part in parts) * 27 <= 8 * 27
+    assert sum(len(table) for part in parts for table in OMat24().read(part)) == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from ase.build import bulk
 from ase.calculators.lj import LennardJones
 
-from rung.data.sources import deepmd
+from rung.data.sources import source as limits
 from rung.data.sources.deepmd import DeepMD
 from rung.data.table import StructureTable, faults
 
@@ -116,8 +117,8 @@ def test_parts_partition_the_systems(
     write(tmp_path / "all" / "b", [0, 1], "H O", [frames(1, 2, 3)])
     write(tmp_path / "all" / "c", [0], "H", [frames(5, 1, 4)])
     whole = read_all(tmp_path / "all")
-    monkeypatch.setattr(deepmd, "PART_STRUCTURES", per_part)
-    monkeypatch.setattr(deepmd, "TABLE_STRUCTURES", per_table)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", per_part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", per_table)
     parts = PBE.parts([tmp_path / "all"])
     assert len(parts) == -(-13 // per_part)
     assert all(len(table) <= per_table for part in parts for table in PBE.read(part))
@@ -229,3 +230,9 @@ def test_folders_without_data_are_refused(tmp_path: Path) -> None:
         PBE.parts([tmp_path / "t"])
     with pytest.raises(FileNotFoundError, match="source 'deepmd' reads folders with type.raw"):
         PBE.parts([tmp_path / "gone"])
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    write(tmp_path / "all" / "salt", [1, 0], "Na Cl", [frames(5, 2, 1), frames(2, 2, 2)])
+    write(tmp_path / "all" / "water", [0, 1, 1], "O H", [frames(4, 3, 3, box=False)], nopbc=True)
+    builds(PBE, tmp_path / "all")

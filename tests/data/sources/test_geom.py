@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from rung.data.sources import geom
+from rung.data.sources import source as limits
 from rung.data.sources.geom import Geom
 from rung.data.table import StructureTable
 
@@ -91,7 +92,7 @@ def test_conformers_in_ev_and_angstrom(path: Path, tmp_path: Path, packing: bool
 @pytest.mark.parametrize("size", [1, 5, 100])
 def test_tables_of_any_size_cover_the_file_once(path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read(path)
-    monkeypatch.setattr(geom, "TABLE_STRUCTURES", size)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", size)
     (part,) = Geom().parts([path])
     tables = list(Geom().read(part))
     assert len(tables) == {1: 3, 5: 2, 100: 1}[size]
@@ -99,7 +100,7 @@ def test_tables_of_any_size_cover_the_file_once(path: Path, size: int, monkeypat
 
 
 def test_a_file_is_not_read_further_than_its_tables_ask(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geom, "TABLE_STRUCTURES", 3)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", 3)
     path.write_bytes(packed([MAPS[0]]) + b"\xc1 damage")
     tables = Geom().read(Geom().parts([path])[0])
     assert len(next(tables)) == 3
@@ -176,3 +177,7 @@ def test_damaged_archives_are_named(path: Path, tmp_path: Path) -> None:
     other = archive(tmp_path / "drugs_crude.msgpack.tar.gz", b"text", "readme.txt")
     with pytest.raises(ValueError, match="drugs_crude.msgpack.tar.gz: expected a member .*, found none"):
         read(other)
+
+
+def test_a_dataset_is_built(path: Path, tmp_path: Path, builds: Callable[..., None]) -> None:
+    builds(Geom(), path, archive(tmp_path / "qm9_crude.msgpack.tar.gz", path.read_bytes(), "qm9_crude.msgpack"))

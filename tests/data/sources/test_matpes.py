@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import ase.units
@@ -106,3 +107,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         read(path)
     with pytest.raises(FileNotFoundError, match=r"none.json: no such file; source 'matpes' reads MatPES-PBE-2025.1"):
         MatPES().parts([tmp_path / "none.json"])
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    entries = [entry(), entry(functional="r2SCAN", provenance=None), entry(stress=None)]
+    builds(MatPES(), write(tmp_path, entries))

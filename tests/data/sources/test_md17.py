@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import units
 
-from rung.data.sources import md17
+from rung.data.sources import source as limits
 from rung.data.sources.md17 import MD17, MD22, RevisedMD17, Trajectories, molecule_of
 from rung.data.table import StructureTable, faults
 
@@ -100,8 +101,8 @@ def test_parts_partition_the_file(
 ) -> None:
     sgdml(path := tmp_path / "md17_ethanol.npz", compressed)
     whole = read_all(MD17(), path)
-    monkeypatch.setattr(md17, "PART_STRUCTURES", per_part)
-    monkeypatch.setattr(md17, "TABLE_STRUCTURES", 4)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", per_part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", 4)
     parts = MD17().parts([path])
     assert len(parts) == (1 if compressed else -(-FRAMES // per_part))
     assert all(len(table) <= 4 for part in parts for table in MD17().read(part))
@@ -238,3 +239,14 @@ def test_other_archives_and_missing_files(tmp_path: Path) -> None:
         MD17().parts([tmp_path / "gone.npz"])
     with pytest.raises(ValueError, match="source 'md17': expected files .* found none"):
         MD17().parts([])
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    revised(tmp_path / "rmd17_ethanol.npz")
+    builds(RevisedMD17(("pbe_def2svp", "pbe_ts")), tmp_path / "rmd17_ethanol.npz")
+
+
+def test_parts_of_large_molecules_hold_fewer_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sgdml(path := tmp_path / "md22_ethanol.npz", compressed=False)
+    monkeypatch.setattr(limits, "PART_ATOMS", 5 * len(ETHANOL))
+    assert [(part.start, part.stop) for part in MD22().parts([path])] == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 23)]

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ase import Atoms
 from ase.io import write as ase_write
 
 from rung.data.sources import json_stream, mptrj
+from rung.data.sources import source as limits
 from rung.data.sources.mptrj import MPtrj
 from rung.data.structure import Structure
 
@@ -140,7 +142,7 @@ def zipped(folder: Path, files: dict[str, str]) -> Path:
 @pytest.mark.parametrize("files", [1, 3, 1000])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_the_zip_holds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, corrected: bool) -> None:
-    monkeypatch.setattr(mptrj, "PART_FILES", files)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", 11 * files)
     data = materials()
     expected = sorted(read(write(tmp_path, data), MPtrj(corrected)), key=lambda s: s.key)
     found = sorted(read(zipped(tmp_path, extxyz(data)), MPtrj(corrected)), key=lambda s: s.key)
@@ -186,13 +188,18 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(json.dumps(materials()).encode()))
     assert len(read(packed)) == 6
     for name, text, message in (
-        ("cut.zip", b"PK no", "cut.zip: not a readable zip"),
+        ("cut.zip", b"PK no", "cut.zip: expected a folder, a zip or a tar archive of .*extxyz files"),
         ("zero.json", b"", "zero.json: the file is empty"),
     ):
         (tmp_path / name).write_bytes(text)
         with pytest.raises(ValueError, match=message):
             read(tmp_path / name)
-    with pytest.raises(ValueError, match="expected one .extxyz file per material, found no file"):
+    with pytest.raises(ValueError, match=r"mp-trj-extxyz.zip: expected \*.extxyz files, found none"):
         read(zipped(tmp_path, {}))
     with pytest.raises(ValueError, match="mp-1.extxyz: expected frames in extxyz with task_id"):
         read(zipped(tmp_path, {"mp-1": "1\nProperties=species:S:1:pos:R:3 energy=1.0\nH 0 0 0\n"}))
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mptrj, "PART_BYTES", 1000)
+    builds(MPtrj(), write(tmp_path, materials()))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rung.data.sources import multixcqm9
+from rung.data.sources import source as limits
 from rung.data.sources.multixcqm9 import COLUMNS, FUNCTIONALS, MultiXCQM9
 from rung.data.table import StructureTable, faults
 
@@ -85,7 +87,7 @@ def test_only_the_tables_of_chosen_levels_are_needed(tmp_path: Path) -> None:
         MultiXCQM9(("pbe_sz",)).parts([tmp_path / "set"])
     with pytest.raises(ValueError, match="unknown fidelity 'pbe_tz'; known: .* did you mean 'pbe_.?z"):
         MultiXCQM9(("pbe_tz",))
-    with pytest.raises(ValueError, match="levels: expected at least one, such as 'gfn2_xtb', found none"):
+    with pytest.raises(ValueError, match="multixcqm9: levels: expected at least one of .*gfn2_xtb, found none"):
         MultiXCQM9(())
 
 
@@ -110,8 +112,8 @@ def test_parts_partition_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 archive.write(file, f"xyzfiles/{file.name}")
                 file.unlink()
         (folder / "xyzfiles").rmdir()
-    monkeypatch.setattr(multixcqm9, "PART_STRUCTURES", per_part)
-    monkeypatch.setattr(multixcqm9, "TABLE_STRUCTURES", 2)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", per_part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", 2)
     assert len(MultiXCQM9().parts([folder])) == -(-5 // per_part)
     pieces = read_all(MultiXCQM9(), folder)
     assert pieces.keys.tolist() == whole.keys.tolist()
@@ -167,3 +169,8 @@ def test_folders_without_geometries_are_refused(tmp_path: Path) -> None:
         MultiXCQM9().parts([folder])
     with pytest.raises(FileNotFoundError, match="no such file; source 'multixcqm9' reads the folder"):
         MultiXCQM9().parts([tmp_path / "gone"])
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    write(tmp_path / "set")
+    builds(MultiXCQM9(), tmp_path / "set")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,7 @@ import pytest
 from ase import units
 from ase.data import atomic_numbers
 
-from rung.data.sources import hdf5
+from rung.data.sources import source as limits
 from rung.data.sources.pyanitools import PyAniTools
 from rung.data.table import StructureTable, faults
 
@@ -114,8 +115,8 @@ def test_parts_hold_everything_once(
     write_ani1(path := tmp_path / "ani_gdb_s01.h5")
     source = PyAniTools(high_energy)
     [whole] = read_all(source, path)
-    monkeypatch.setattr(hdf5, "PART_STRUCTURES", per_part)
-    monkeypatch.setattr(hdf5, "TABLE_STRUCTURES", per_table)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", per_part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", per_table)
     parts = source.parts([path])
     assert len(parts) == {1: 3, 7: 2, 100: 1}[per_part]
     tables = [table for part in parts for table in source.read(part)]
@@ -176,3 +177,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         file.create_group("gdb11_s01/gdb11_s01-0")
     with pytest.raises(ValueError, match="gdb11_s01-0: expected a dataset .coordinates., found nothing"):
         PyAniTools().parts([path])
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    write_ani1(ani1 := tmp_path / "ani_gdb_s01.h5")
+    write_comp6(comp6 := tmp_path / "s66x8_wb97x6-31gd.h5")
+    builds(PyAniTools(), ani1, comp6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import ase.units
@@ -170,3 +171,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             read(write(tmp_path, text))
     with pytest.raises(FileNotFoundError, match="none.json: no such file; source 'qcschema' reads"):
         SOURCE.parts([tmp_path / "none.json"])
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    builds(SOURCE, write(tmp_path, json.dumps([result(), result("energy"), result(success=False)])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from rung.data.sources import hdf5, qm7x
+from rung.data.sources import source as limits
 from rung.data.sources.qm7x import QM7X
 from rung.data.table import StructureTable
 
@@ -85,9 +86,8 @@ def test_parts_and_tables_of_any_size_cover_the_file_once(
     path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read(path)
-    monkeypatch.setattr(hdf5, "PART_STRUCTURES", size)
-    for module in (hdf5, qm7x):
-        monkeypatch.setattr(module, "TABLE_STRUCTURES", size)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", size)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", size)
     parts = QM7X().parts([path])
     assert len(parts) == {1: 3, 6: 3, 7: 2, 100: 1}[size]
     tables = [table for part in parts for table in QM7X().read(part)]
@@ -146,3 +146,7 @@ def test_files_that_are_no_hdf5_are_named(path: Path, tmp_path: Path) -> None:
         (tmp_path / "damaged.hdf5").write_bytes(content)
         with pytest.raises(ValueError, match="damaged.hdf5: not a readable HDF5 file"):
             read(tmp_path / "damaged.hdf5")
+
+
+def test_a_dataset_is_built(path: Path, builds: Callable[..., None]) -> None:
+    builds(QM7X(levels=ALL), path)

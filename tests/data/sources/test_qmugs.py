@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import ase.units
@@ -13,6 +14,7 @@ import pytest
 from ase import Atoms
 
 from rung.data.sources import qmugs
+from rung.data.sources import source as limits
 from rung.data.sources.qmugs import QMugs
 from rung.data.table import StructureTable
 
@@ -104,8 +106,8 @@ def test_parts_and_tables_of_any_size_cover_the_data_once(
     folder = write_folder(tmp_path, contents())
     archive = write_archive(tmp_path / "structures.tar.gz", contents())
     whole = read(folder).keys.tolist()
-    monkeypatch.setattr(qmugs, "PART_STRUCTURES", per_part)
-    monkeypatch.setattr(qmugs, "TABLE_STRUCTURES", 2)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", per_part)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", 2)
     for path, number in ((folder, {3: 3, 6: 2, 300: 1}[per_part]), (archive, 1)):
         parts = QMugs().parts([path])
         assert len(parts) == number
@@ -227,3 +229,8 @@ def test_other_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(qmugs, "_MAX_SDF", 100)
     with pytest.raises(ValueError, match="conf_00.sdf: expected an SDF of one conformer, found [0-9]+ bytes"):
         read(write_archive(tmp_path / "c.tar.gz", contents()))
+
+
+def test_a_dataset_is_built(tmp_path: Path, builds: Callable[..., None]) -> None:
+    builds(QMugs(), write_archive(tmp_path / "structures.tar.gz", contents()))
+    builds(QMugs(), write_folder(tmp_path, contents()))

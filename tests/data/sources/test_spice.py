@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from rung.data.sources import hdf5
+from rung.data.sources import source as limits
 from rung.data.sources.spice import Spice, charge_of
 from rung.data.table import StructureTable
 
@@ -90,8 +91,8 @@ def test_parts_and_tables_of_any_size_cover_the_file_once(
     path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read(path)
-    monkeypatch.setattr(hdf5, "PART_STRUCTURES", size)
-    monkeypatch.setattr(hdf5, "TABLE_STRUCTURES", size)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", size)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", size)
     parts = Spice().parts([path])
     assert len(parts) == {1: 3, 4: 2, 5: 2, 100: 1}[size]
     tables = [table for part in parts for table in Spice().read(part)]
@@ -172,3 +173,7 @@ def test_missing_empty_and_truncated_files_are_named(path: Path, tmp_path: Path)
         Spice().parts([])
     with pytest.raises(ValueError, match="none.hdf5: /: expected groups of molecules, found an empty group"):
         Spice().parts([tmp_path / "none.hdf5"])
+
+
+def test_a_dataset_is_built(path: Path, builds: Callable[..., None]) -> None:
+    builds(Spice(), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from rung.data.sources import hdf5
+from rung.data.sources import source as limits
 from rung.data.sources.transition1x import Transition1x
 from rung.data.table import StructureTable
 
@@ -84,8 +85,8 @@ def test_parts_and_tables_of_any_size_cover_the_file_once(
     path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read(path)
-    monkeypatch.setattr(hdf5, "PART_STRUCTURES", size)
-    monkeypatch.setattr(hdf5, "TABLE_STRUCTURES", size)
+    monkeypatch.setattr(limits, "PART_STRUCTURES", size)
+    monkeypatch.setattr(limits, "TABLE_STRUCTURES", size)
     parts = Transition1x().parts([path])
     assert len(parts) == {1: 3, 6: 3, 9: 2, 100: 1}[size]
     tables = [table for part in parts for table in Transition1x().read(part)]
@@ -136,3 +137,7 @@ def test_missing_empty_and_truncated_files_are_named(path: Path, tmp_path: Path)
         file.create_group("C2H2")
     with pytest.raises(ValueError, match=r"other.h5: /: expected a group 'data' or .*'train'.*, found C2H2"):
         Transition1x().parts([tmp_path / "other.h5"])
+
+
+def test_a_dataset_is_built(path: Path, builds: Callable[..., None]) -> None:
+    builds(Transition1x(), path)
