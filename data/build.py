@@ -44,11 +44,11 @@ from rung.data.shard import (
 )
 from rung.data.sources.memory import InMemory
 from rung.data.sources.source import PART_ATOMS, PART_STRUCTURES, Part, Source
-from rung.data.spill import find_rows, order_by_key, read_spill, write_spill
+from rung.data.spill import Spill, find_rows, order_by_key, read_spill
 from rung.data.split import SPLITS, SplitFractions
 from rung.data.statistics import SAMPLE, EnergySample, LabelSums, Reference, deviations
 from rung.data.structure import Structure, validate
-from rung.data.table import Array, Strings, StructureTable, faults
+from rung.data.table import Array, StructureTable, faults, joined
 
 WORK_FOLDER = ".building"
 _JOB_FILE = "job.json"
@@ -211,7 +211,8 @@ def _read_part(job: _Job, index: int) -> PartRecord:
         return known
     rejected, named = Counter[str](), list[str]()
     spills: list[SpillRecord] = []
-    for table in _portions(_checked(job, index, rejected, named)):
+    # A file that cannot be entered in the middle is one part, of any size.
+    for table in joined(_checked(job, index, rejected, named), PART_STRUCTURES, PART_ATOMS):
         number = f"-{len(spills):04d}" if spills else ""
         # A later spill of a part gives fewer samples, so that those of a file of any length fit in memory.
         limit = -(-SAMPLE // (len(job.parts) * (len(spills) + 1)))
@@ -238,24 +239,11 @@ def _checked(job: _Job, index: int, rejected: Counter[str], named: list[str]) ->
         yield table
 
 
-def _portions(tables: Iterable[StructureTable]) -> Iterator[StructureTable]:
-    """Yield the tables joined to what a part should hold: a file that cannot be entered in the middle is one part."""
-    held: list[StructureTable] = []
-    structures = atoms = 0
-    for table in tables:
-        structures, atoms = structures + len(table), atoms + len(table.numbers)
-        if held and (structures > PART_STRUCTURES or atoms > PART_ATOMS):
-            yield StructureTable.concatenate(held)
-            held, structures, atoms = [], len(table), len(table.numbers)
-        held.append(table)
-    if held:
-        yield StructureTable.concatenate(held)
-
-
 def _write_spill(job: _Job, table: StructureTable, file: str, limit: int) -> SpillRecord:
     path = job.work / file
-    digest, sizes = write_spill(table, _splits(table, job.config.split), len(SPLITS), path)
-    return SpillRecord(file, digest, _write_samples(path, limit), len(table), sizes)
+    spill = Spill.of(table, _splits(table, job.config.split), len(SPLITS))
+    digest, sizes = spill.write(path)
+    return SpillRecord(file, digest, _write_samples(spill, path.with_suffix(".sample"), limit), len(table), sizes)
 
 
 def _splits(table: StructureTable, split: Callable[[str], str]) -> np.ndarray[Any, np.dtype[np.int8]]:
@@ -271,14 +259,11 @@ def _split_number(group: str, split: str) -> int:
     return SPLITS.index(split)
 
 
-def _write_samples(path: Path, limit: int) -> str:
-    """Write, beside a spill, what the E0 fits need of it; return the SHA-256."""
+def _write_samples(spill: Spill, path: Path, limit: int) -> str:
+    """Write what the E0 fits need of a spill; return the SHA-256."""
     arrays: dict[str, Array] = {}
     for number, split in enumerate(SPLITS):
-        start, stop = find_rows(path, number, [0, _HASHES]).tolist()
-        if start == stop:
-            continue
-        table, _ = read_spill(path, start, stop)
+        table = spill.split(number)
         for fidelity in table.fidelities:
             if (sample := EnergySample.of(table, fidelity, limit)) is not None:
                 place = f"{split}.{fidelity}"
@@ -286,7 +271,7 @@ def _write_samples(path: Path, limit: int) -> str:
                 arrays[f"{place}.counts"] = sample.compositions.counts
                 arrays[f"{place}.energies"] = sample.energies
     data = save(arrays)
-    write_beside(path.with_suffix(".sample"), data)
+    write_beside(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -372,7 +357,7 @@ def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJo
     tables, hashes = zip(*(read_spill(job.work / file, start, stop) for file, start, stop in shard.rows), strict=True)
     table = StructureTable.concatenate(tables)
     order = order_by_key(table, np.concatenate(hashes))
-    _check_keys(table.keys.take(order))
+    _check_keys(table, np.concatenate(hashes), order)
     order = order[np.argsort(_rank_of_labels(table)[order], kind="stable")]
     tally = _Tally(references, job.config.max_energy_deviation)
     # A pack at a time: what is done to it finds it in the processor's cache.
@@ -383,10 +368,11 @@ def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJo
     return record
 
 
-def _check_keys(in_order: Strings) -> None:
-    keys = in_order.tolist()
-    for previous, key in zip(keys, keys[1:], strict=False):  # sorted: equal keys are neighbours
-        if previous == key:
+def _check_keys(table: StructureTable, hashes: NDArray[np.uint64], order: NDArray[np.int64]) -> None:
+    """Raise ValueError for a key that occurs twice; `order` sorts by hash and key."""
+    for index in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
+        key = table.keys[int(order[index])]
+        if key == table.keys[int(order[index + 1])]:
             raise ValueError(
                 f"build: key '{key}' names two structures, and keys must be unique in a dataset; keys of a "
                 "file's frames begin with its name, so rename one of two files of the same name"

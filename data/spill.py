@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +38,36 @@ def order_by_key(table: StructureTable, hashes: Hashes) -> NDArray[np.int64]:
     return order
 
 
-def write_spill(
-    table: StructureTable, split: NDArray[np.integer], num_splits: int, path: Path
-) -> tuple[str, list[int]]:
-    """Write the structures of a part, `split` [M] of each as a number; return the SHA-256 and the bytes per split."""
-    hashes = key_hashes(table)
-    order = order_by_key(table, hashes)
-    order = order[np.argsort(split[order], kind="stable")]
-    table, hashes = table.take(order), hashes[order]
-    offsets = np.searchsorted(split[order], np.arange(num_splits + 1))
-    arrays = arrays_of(table)
-    extra = {"hash": hashes, "atom_offsets": table.offsets, "split_offsets": offsets.astype(np.int64)}
-    data = save(arrays | extra)
-    write_beside(path, data)
-    per_structure = sum(array.nbytes for array in arrays.values()) / max(1, len(table))
-    return hashlib.sha256(data).hexdigest(), [round(per_structure * count) for count in np.diff(offsets).tolist()]
+@dataclass(frozen=True)
+class Spill:
+    """Structures sorted by split, then by hash and key."""
+
+    table: StructureTable
+    hashes: Hashes  # [M]
+    split_offsets: NDArray[np.int64]  # [S + 1]
+
+    @staticmethod
+    def of(table: StructureTable, split: NDArray[np.integer], num_splits: int) -> Spill:
+        """Return the structures of a part, sorted; `split` [M] is that of each as a number."""
+        hashes = key_hashes(table)
+        order = order_by_key(table, hashes)
+        order = order[np.argsort(split[order], kind="stable")]
+        offsets = np.searchsorted(split[order], np.arange(num_splits + 1)).astype(np.int64)
+        return Spill(table.take(order), hashes[order], offsets)
+
+    def split(self, number: int) -> StructureTable:
+        """Return the structures of one split."""
+        return self.table.part(int(self.split_offsets[number]), int(self.split_offsets[number + 1]))
+
+    def write(self, path: Path) -> tuple[str, list[int]]:
+        """Write the spill; return its SHA-256 and about how many bytes each split has."""
+        arrays = arrays_of(self.table)
+        extra = {"hash": self.hashes, "atom_offsets": self.table.offsets, "split_offsets": self.split_offsets}
+        data = save(arrays | extra)
+        write_beside(path, data)
+        per_structure = sum(array.nbytes for array in arrays.values()) / max(1, len(self.table))
+        sizes = [round(per_structure * count) for count in np.diff(self.split_offsets).tolist()]
+        return hashlib.sha256(data).hexdigest(), sizes
 
 
 def find_rows(path: Path, split: int, bounds: Sequence[int]) -> NDArray[np.int64]:

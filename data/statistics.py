@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rung.data.reference_energy import Compositions, E0Fit, Floats, RobustReference, fit_e0_robustly
 from rung.data.table import StructureTable
 
-SAMPLE = 200_000  # energies that a fit is made on, of a larger dataset
+SAMPLE = 50_000  # energies that a fit is made on, of a larger dataset
 PER_ELEMENT = 50  # structures of a rare element that are in the sample of each part in any case
 _DIGITS = 9  # decimals of fitted and averaged numbers: what differs between linear algebra libraries is rounded off
 

@@ -8,7 +8,8 @@ definition of what is valid.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -296,6 +297,34 @@ class StructureTable:
             return self.labels[name]
         kind = _kind(name)
         return np.full((len(self.numbers) if kind.per_atom else len(self), *kind.shape), np.nan, kind.dtype)
+
+
+def joined(
+    tables: Iterable[StructureTable],
+    max_structures: int,
+    max_atoms: float = math.inf,
+    *,
+    enough: float = math.inf,
+) -> Iterator[StructureTable]:
+    """Yield the same structures in fewer tables: consecutive ones joined up to the limits, empty ones dropped.
+
+    A table that is larger stays as it is, and so does one of `enough` structures, because joining copies.
+    """
+    held: list[StructureTable] = []
+    structures = atoms = 0
+    for table in tables:
+        is_enough = len(table) >= enough
+        structures, atoms = structures + len(table), atoms + len(table.numbers)
+        if held and (is_enough or structures > max_structures or atoms > max_atoms):
+            yield StructureTable.concatenate(held)
+            held, structures, atoms = [], len(table), len(table.numbers)
+        if is_enough:
+            yield table
+            structures = atoms = 0
+        elif len(table):
+            held.append(table)
+    if held:
+        yield StructureTable.concatenate(held)
 
 
 def faults(table: StructureTable) -> dict[int, str]:

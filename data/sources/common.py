@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from rung.data.sources import source
 from rung.data.structure import MAX_ATOMIC_NUMBER
-from rung.data.table import LABEL_KINDS, Array, Mask, Strings, StructureTable
+from rung.data.table import LABEL_KINDS, Array, Mask, Strings, StructureTable, joined
 
 Item = TypeVar("Item")
 
@@ -94,17 +94,7 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 def gathered(tables: Iterable[StructureTable]) -> Iterator[StructureTable]:
     """Yield the same structures in the same order in fewer tables, joined up to TABLE_STRUCTURES; drop empty ones."""
-    waiting: list[StructureTable] = []
-    held = 0
-    for table in tables:
-        if waiting and held + len(table) > source.TABLE_STRUCTURES:
-            yield StructureTable.concatenate(waiting)
-            waiting, held = [], 0
-        if len(table):
-            waiting.append(table)
-            held += len(table)
-    if waiting:
-        yield StructureTable.concatenate(waiting)
+    return joined(tables, source.TABLE_STRUCTURES, enough=source.TABLE_STRUCTURES // 16)
 
 
 def formula(numbers: Array) -> str:

@@ -8,7 +8,9 @@ import pytest
 from ase.build import bulk, molecule
 from ase.neighborlist import neighbor_list
 
-from rung.data.graph import Graph, neighbour_graph
+from rung.data.graph import Graph, edge_counts, neighbour_graph, table_graph
+from rung.data.structure import Structure
+from rung.data.table import StructureTable
 
 
 def graph_of(atoms: ase.Atoms, cutoff: float) -> Graph:
@@ -78,3 +80,59 @@ def test_no_atoms_and_a_flat_cell_are_errors() -> None:
 def test_cutoff_must_be_positive() -> None:
     with pytest.raises(ValueError, match="cutoff: expected a positive length"):
         graph_of(molecule("H2O"), 0.0)
+
+
+def structures(cases: list[ase.Atoms]) -> list[Structure]:
+    return [
+        Structure(
+            key=f"s{index}",
+            group="",
+            numbers=atoms.numbers.astype(np.uint8),
+            positions=atoms.positions.astype(np.float32),
+            cell=atoms.cell.array.astype(np.float32),
+            pbc=atoms.pbc,
+        )
+        for index, atoms in enumerate(cases)
+    ]
+
+
+def test_a_table_has_the_graphs_of_its_structures_side_by_side() -> None:
+    """Sizes, periodic and large ones mixed: the edges come in the order of the structures, whatever was done first."""
+    mixed = [
+        atoms
+        for name, (atoms, _) in CASES.items()
+        for atoms in (atoms, molecule("H2O"), random_atoms(5, (False,) * 3, 9))
+    ]
+    mixed.append(random_atoms(250, (False, False, False), 5))
+    table = StructureTable.of(structures(mixed))
+    whole = table_graph(table, 3.5)
+    atoms = edges = 0
+    for structure, count in zip(table, edge_counts(table, 3.5), strict=True):
+        alone = neighbour_graph(structure.positions, structure.cell, structure.pbc, 3.5)
+        part = slice(edges, edges + alone.num_edges)
+        assert count == alone.num_edges
+        np.testing.assert_array_equal(whole.receivers[part] - atoms, alone.receivers)
+        np.testing.assert_array_equal(whole.senders[part] - atoms, alone.senders)
+        np.testing.assert_array_equal(whole.reverse[part] - edges, alone.reverse)
+        np.testing.assert_array_equal(whole.shifts[part], alone.shifts)
+        np.testing.assert_array_equal(whole.row_ptr[atoms : atoms + structure.num_atoms + 1] - edges, alone.row_ptr)
+        atoms, edges = atoms + structure.num_atoms, edges + alone.num_edges
+    assert (whole.num_edges, len(whole.row_ptr)) == (edges, atoms + 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_pairs_at_the_cutoff_are_told_exactly(dtype: type) -> None:
+    """On a grid many pairs are at the cut-off but for rounding; float32 arithmetic alone would get some wrong."""
+    grid = (np.stack(np.meshgrid(*[np.arange(4)] * 3), -1).reshape(-1, 3) * 0.7 + 100).astype(dtype)
+    cutoff = 1.4
+    vectors = grid[None].astype(np.float64) - grid[:, None]
+    expected = np.argwhere(((vectors**2).sum(-1) < cutoff**2) & ~np.eye(len(grid), dtype=bool))
+    graph = neighbour_graph(grid, np.zeros((3, 3)), np.zeros(3, bool), cutoff)
+    np.testing.assert_array_equal(np.column_stack([graph.receivers, graph.senders]), expected)
+
+
+def test_coincident_atoms_of_a_table_are_named() -> None:
+    twice = ase.Atoms("H3", positions=[[0, 0, 0], [1, 0, 0], [1, 0, 0]])
+    table = StructureTable.of(structures([molecule("H2O"), twice]))
+    with pytest.raises(ValueError, match="structure 's1': positions: atoms (1 and 2|2 and 1) are at the same place"):
+        table_graph(table, 3.0)
