@@ -16,6 +16,8 @@ from rung.data.sources import source
 from rung.data.structure import MAX_ATOMIC_NUMBER
 from rung.data.table import LABEL_KINDS, Array, Mask, Strings, StructureTable, joined
 
+_ENOUGH = 512  # structures of a table that is worth handling on its own
+
 Item = TypeVar("Item")
 
 
@@ -94,7 +96,7 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 def gathered(tables: Iterable[StructureTable]) -> Iterator[StructureTable]:
     """Yield the same structures in the same order in fewer tables, joined up to TABLE_STRUCTURES; drop empty ones."""
-    return joined(tables, source.TABLE_STRUCTURES, enough=source.TABLE_STRUCTURES // 16)
+    return joined(tables, source.TABLE_STRUCTURES, enough=_ENOUGH)
 
 
 def formula(numbers: Array) -> str:

@@ -122,13 +122,15 @@ def test_a_table_has_the_graphs_of_its_structures_side_by_side() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_pairs_at_the_cutoff_are_told_exactly(dtype: type) -> None:
-    """On a grid many pairs are at the cut-off but for rounding; float32 arithmetic alone would get some wrong."""
-    grid = (np.stack(np.meshgrid(*[np.arange(4)] * 3), -1).reshape(-1, 3) * 0.7 + 100).astype(dtype)
-    cutoff = 1.4
-    vectors = grid[None].astype(np.float64) - grid[:, None]
-    expected = np.argwhere(((vectors**2).sum(-1) < cutoff**2) & ~np.eye(len(grid), dtype=bool))
-    graph = neighbour_graph(grid, np.zeros((3, 3)), np.zeros(3, bool), cutoff)
-    np.testing.assert_array_equal(np.column_stack([graph.receivers, graph.senders]), expected)
+    """The cut-off is the distance of a pair but for rounding: float32 arithmetic alone would get some wrong."""
+    positions = np.random.default_rng(0).uniform(0, 5, (8, 3)).astype(dtype)
+    vectors = positions[None].astype(np.float64) - positions[:, None]
+    squared = (vectors**2).sum(-1)
+    for distance in np.sqrt(squared[np.triu_indices(8, 1)]):
+        for cutoff in (distance, distance * (1 + 1e-12), distance * (1 - 1e-12)):
+            expected = np.argwhere((squared < float(cutoff) ** 2) & ~np.eye(8, dtype=bool))
+            graph = neighbour_graph(positions, np.zeros((3, 3)), np.zeros(3, bool), float(cutoff))
+            np.testing.assert_array_equal(np.column_stack([graph.receivers, graph.senders]), expected)
 
 
 def test_coincident_atoms_of_a_table_are_named() -> None:
