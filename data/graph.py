@@ -179,15 +179,17 @@ def _within(
     squared[:, atoms, atoms] = np.inf
     if squared.size and squared.min() == 0.0:
         raise fault(*np.argwhere(squared == 0.0)[0].tolist())
-    within: NDArray[np.bool_] = squared < cutoff**2
-    if squared.dtype == np.float32:
-        # Twice as fast, and as exact: a difference of float32 numbers is off by at most 6e-8 of itself, so only pairs
-        # that close to the cut-off are looked at again.
-        doubtful = np.argwhere(np.abs(squared - np.float32(cutoff**2)) < 1e-6 * cutoff**2)
-        if len(doubtful):
-            k, i, j = doubtful.T
-            exact = ((positions[k, j].astype(np.float64) - positions[k, i]) ** 2).sum(1)
-            within[k, i, j] = exact < cutoff**2
+    if squared.dtype != np.float32:
+        exact: NDArray[np.bool_] = squared < cutoff**2
+        return exact
+    # Twice as fast, and as exact: a difference of float32 numbers is off by at most 6e-8 of itself, so only pairs that
+    # close to the cut-off need another look.
+    within: NDArray[np.bool_] = squared < cutoff**2 * (1 + 1e-6)
+    surely = squared < cutoff**2 * (1 - 1e-6)
+    if np.count_nonzero(within) != np.count_nonzero(surely):
+        k, i, j = np.nonzero(within & ~surely)
+        vectors = positions[k, j].astype(np.float64) - positions[k, i]
+        within[k, i, j] = (vectors**2).sum(1) < cutoff**2
     return within
 
 
