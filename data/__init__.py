@@ -15,7 +15,9 @@ From files to a dataset
     build.py             a source's parts -> validate -> split -> shards and manifest; parallel, resumable
     parallel.py          the same map on one process, on several, or on the ranks of mpirun
     spill.py             what the first pass of a build leaves for the second
+    unfinished.py        what a build leaves while it is unfinished: records, digests, whose work it is
     statistics.py        samples and sums behind what a manifest states of labels
+    tally.py             what is counted of a shard while it is written
     reference_energy.py  E0 fits on composition; energies that do not fit
     split.py             groups (molecules) to train, val, test by hash
     generate/            label engine: molecules, sampling, quantum chemistry (needs `rung[generate]`)

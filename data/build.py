@@ -9,19 +9,15 @@ of the keys; the second gathers each shard's range of hashes from all spills. Fi
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
-import json
-import logging
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +27,12 @@ from tqdm import tqdm
 from rung.data.fidelity import Fidelity, check_name, unknown_fidelity
 from rung.data.manifest import MANIFEST_FILE, FidelityEntry, Manifest, read_manifest, write_manifest
 from rung.data.parallel import Map
-from rung.data.reference_energy import EXTREME_DEVIATION, SUSPICIOUS_Z, Compositions
+from rung.data.reference_energy import EXTREME_DEVIATION, Compositions
 from rung.data.shard import (
     EDGE_CUTOFF,
     PACK_ATOMS,
     SHARD_BYTES,
-    ShardInfo,
     cut_packs,
-    file_sha256,
     write_beside,
     write_shard,
 )
@@ -46,20 +40,15 @@ from rung.data.sources.memory import InMemory
 from rung.data.sources.source import PART_ATOMS, PART_STRUCTURES, Part, Source
 from rung.data.spill import Spill, find_rows, order_by_key, read_spill
 from rung.data.split import SPLITS, SplitFractions
-from rung.data.statistics import SAMPLE, EnergySample, LabelSums, Reference, deviations
+from rung.data.statistics import SAMPLE, EnergySample, LabelSums, Reference
 from rung.data.structure import Structure, validate
 from rung.data.table import Array, StructureTable, faults, joined
+from rung.data.tally import NAMED, Tally, tell_outliers
+from rung.data.unfinished import PartRecord, ShardRecord, SpillRecord, is_whole, read_record, unfinished, write_record
 
 WORK_FOLDER = ".building"
-_JOB_FILE = "job.json"
-_LOCK_FILE = "lock"
 _HASHES = 1 << 64
 _MAX_BINDING = 30.0  # eV/atom; no compound is bound so strongly (diamond: 7.4): the E0s are of another method or unit
-_NAMED = 20  # structures that a record names
-
-Record = TypeVar("Record", "PartRecord", "ShardRecord")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,38 +69,6 @@ class BuildConfig:
     max_energy_deviation: float = EXTREME_DEVIATION  # eV/atom from what composition explains; beyond it is an error
     max_bad: int = 0  # structures that cannot be right and are left out, counted in the manifest
     overwrite: bool = False  # replace the dataset that the folder holds
-
-
-@dataclass(frozen=True)
-class SpillRecord:
-    """What the first pass says of one spill."""
-
-    file: str  # in the work folder; what the E0 fits need of it lies beside it
-    sha256: str
-    sample_sha256: str
-    structures: int
-    bytes: list[int]  # of each split
-
-
-@dataclass(frozen=True)
-class PartRecord:
-    """What the first pass says of one part."""
-
-    spills: list[SpillRecord]  # one, unless the source could not cut a large file into parts
-    rejected: dict[str, int]  # what was wrong -> structures
-    named: list[str]  # some of those
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What the second pass says of one shard."""
-
-    info: ShardInfo
-    elements: dict[int, int]  # atomic number -> atoms
-    sums: dict[str, LabelSums]  # by fidelity
-    outliers: dict[str, int]  # fidelity -> structures that composition does not explain
-    named: dict[str, list[tuple[float, str]]]  # fidelity -> the worst of those: eV/atom and key
-    extreme: dict[str, int]  # fidelity -> those beyond what is accepted
 
 
 @dataclass(frozen=True)
@@ -160,7 +117,7 @@ def build(source: Source, paths: Sequence[Path], folder: Path, config: BuildConf
     if (folder / MANIFEST_FILE).is_file() and not config.overwrite:
         raise FileExistsError(f"{folder} already holds a dataset; choose another folder or pass overwrite")
     job = _Job(source, tuple(source.parts(paths)), folder, config)
-    with _working(job):
+    with unfinished(job.work, _identity(job), config.overwrite):
         parts = _read_parts(job, run)
         references, statistics_split = _references(job, parts)
         shards = _write_shards(job, parts, references, run)
@@ -206,7 +163,7 @@ def _read_parts(job: _Job, run: Map) -> list[PartRecord]:
 
 def _read_part(job: _Job, index: int) -> PartRecord:
     path = job.record_of(index)
-    known = _record(PartRecord, path)
+    known = read_record(PartRecord, path)
     if known and all(_is_there(job, spill) for spill in known.spills):
         return known
     rejected, named = Counter[str](), list[str]()
@@ -217,14 +174,14 @@ def _read_part(job: _Job, index: int) -> PartRecord:
         # A later spill of a part gives fewer samples, so that those of a file of any length fit in memory.
         limit = -(-SAMPLE // (len(job.parts) * (len(spills) + 1)))
         spills.append(_write_spill(job, table, f"{path.stem}{number}.safetensors", limit))
-    record = PartRecord(spills, dict(rejected), named[:_NAMED])
-    _write_record(record, path)
+    record = PartRecord(spills, dict(rejected), named[:NAMED])
+    write_record(record, path)
     return record
 
 
 def _is_there(job: _Job, spill: SpillRecord) -> bool:
     path = job.work / spill.file
-    return _is_whole(path, spill.sha256) and _is_whole(path.with_suffix(".sample"), spill.sample_sha256)
+    return is_whole(path, spill.sha256) and is_whole(path.with_suffix(".sample"), spill.sample_sha256)
 
 
 def _checked(job: _Job, index: int, rejected: Counter[str], named: list[str]) -> Iterator[StructureTable]:
@@ -234,7 +191,7 @@ def _checked(job: _Job, index: int, rejected: Counter[str], named: list[str]) ->
             raise unknown_fidelity(fidelity, job.source.fidelities)
         if bad := faults(table):
             rejected.update(_field(reason) for reason in bad.values())
-            named += list(bad.values())[:_NAMED]
+            named += list(bad.values())[:NAMED]
             table = table.take(np.setdiff1d(np.arange(len(table)), list(bad)))
         yield table
 
@@ -329,7 +286,7 @@ def _write_shards(
     records = run(partial(_write_shard, job, dict(references)), pieces)
     done = list(tqdm(records, "writing", len(pieces), unit="shard", disable=None))
     for fidelity in job.source.fidelities:
-        _tell_outliers(fidelity, done, job.config.max_energy_deviation)
+        tell_outliers(fidelity, done, job.config.max_energy_deviation)
     return done
 
 
@@ -350,21 +307,21 @@ def _shard_jobs(job: _Job, parts: Sequence[PartRecord], number: int, split: str)
 
 def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJob) -> ShardRecord:
     path = job.work / shard.file
-    if known := _record(ShardRecord, path):
+    if known := read_record(ShardRecord, path):
         places = (path, job.folder / shard.file)  # there when a build was stopped while it moved them
-        if any(_is_whole(place, known.info.sha256) for place in places):
+        if any(is_whole(place, known.info.sha256) for place in places):
             return known
     tables, hashes = zip(*(read_spill(job.work / file, start, stop) for file, start, stop in shard.rows), strict=True)
     table = StructureTable.concatenate(tables)
     order = order_by_key(table, np.concatenate(hashes))
     _check_keys(table, np.concatenate(hashes), order)
     order = order[np.argsort(_rank_of_labels(table)[order], kind="stable")]
-    tally = _Tally(references, job.config.max_energy_deviation)
+    tally = Tally(references, job.config.max_energy_deviation)
     # A pack at a time: what is done to it finds it in the processor's cache.
     rows = cut_packs(table.num_atoms[order], job.config.pack_atoms)
     packs = (tally.seen(table.take(order[start:stop])) for start, stop in rows)
     record = tally.record(write_shard(packs, path, shard.split))
-    _write_record(record, path)
+    write_record(record, path)
     return record
 
 
@@ -388,67 +345,6 @@ def _rank_of_labels(table: StructureTable) -> np.ndarray[Any, np.dtype[np.int64]
     ranked = sorted(range(len(kinds)), key=lambda index: (-len(signatures[index]), signatures[index]))
     rank = np.argsort(ranked)
     return np.asarray(rank[kind.reshape(-1)], np.int64)
-
-
-class _Tally:
-    """What a shard's record gathers of its packs."""
-
-    def __init__(self, references: Mapping[str, Reference], limit: float) -> None:
-        self._references, self._limit = references, limit
-        self._elements = Counter[int]()
-        self._sums: dict[str, LabelSums] = {}
-        self._outliers, self._extreme = Counter[str](), Counter[str]()
-        self._named: dict[str, list[tuple[float, str]]] = {}
-
-    def seen(self, pack: StructureTable) -> StructureTable:
-        """Count a pack, and return it."""
-        compositions = Compositions.of(pack.numbers, pack.num_atoms)
-        atoms = compositions.counts.sum(0).astype(np.int64)
-        self._elements.update(dict(zip(compositions.elements.tolist(), atoms.tolist(), strict=True)))
-        for name in pack.fidelities:
-            reference = self._references.get(name)
-            sums = LabelSums.of(pack, compositions, name, {} if reference is None else reference.e0)
-            self._sums[name] = self._sums.get(name, LabelSums()) + sums
-            if reference is not None and reference.robust is not None:
-                self._judge(
-                    pack, name, *deviations(pack, compositions, name, reference.robust), reference.robust.spread
-                )
-        return pack
-
-    def _judge(
-        self, pack: StructureTable, name: str, rows: NDArray[np.int64], found: NDArray[np.float64], spread: float
-    ) -> None:
-        far = np.flatnonzero(np.abs(found) > SUSPICIOUS_Z * spread)
-        self._outliers[name] += len(far)
-        self._extreme[name] += int(np.count_nonzero(np.abs(found[far]) > self._limit))
-        named = [(float(found[i]), pack.keys[int(rows[i])]) for i in far.tolist()]
-        self._named[name] = sorted(self._named.get(name, []) + named, key=_badness)[:_NAMED]
-
-    def record(self, info: ShardInfo) -> ShardRecord:
-        """Return the record of all packs."""
-        elements = dict(sorted(self._elements.items()))
-        return ShardRecord(info, elements, self._sums, dict(self._outliers), self._named, dict(self._extreme))
-
-
-def _badness(named: tuple[float, str]) -> tuple[float, str]:
-    return -abs(named[0]), named[1]
-
-
-def _tell_outliers(fidelity: str, shards: Sequence[ShardRecord], limit: float) -> None:
-    """Log the energies that composition does not explain; raise ValueError for those beyond `limit` eV/atom."""
-    count = sum(shard.outliers.get(fidelity, 0) for shard in shards)
-    extreme = sum(shard.extreme.get(fidelity, 0) for shard in shards)
-    worst = sorted((item for shard in shards for item in shard.named.get(fidelity, [])), key=_badness)
-    worst = worst[: min(extreme or _NAMED, _NAMED)]
-    named = ", ".join(f"'{key}' by {deviation:+.3f} eV/atom" for deviation, key in worst)
-    if extreme:
-        raise ValueError(
-            f"energy.{fidelity}: expected energies within {limit:g} eV/atom of what composition explains, found "
-            f"{extreme} beyond: {named}; are all energies in eV, of one method and one code?"
-        )
-    if count:
-        message = "energy.%s: %d outliers (robust z-score over %g): %s"
-        logger.warning(message, fidelity, count, SUSPICIOUS_Z, named)
 
 
 # The end
@@ -538,39 +434,6 @@ def _publish(job: _Job, manifest: Manifest) -> None:
     shutil.rmtree(job.work)
 
 
-@contextmanager
-def _working(job: _Job) -> Iterator[None]:
-    """Hold the folder of unfinished work, which must be of this job or empty."""
-    job.work.mkdir(parents=True, exist_ok=True)
-    with (job.work / _LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"{job.folder}: another build is writing there; wait for it or choose another folder"
-            raise FileExistsError(message) from None
-        _take_over(job, _identity(job))
-        yield
-
-
-def _take_over(job: _Job, identity: dict[str, Any]) -> None:
-    """Keep unfinished work of this job, discard what a deletion left half; raise FileExistsError for another's."""
-    path = job.work / _JOB_FILE
-    former = _json(path)
-    if former == identity:
-        return
-    if path.is_file() and not job.config.overwrite:
-        differing = ", ".join(name for name in identity if former.get(name) != identity[name])
-        raise FileExistsError(
-            f"{job.work} holds an unfinished build of other files or options (other {differing}); run the command "
-            f"that began it, choose another folder, or discard it with --overwrite. {path.name} says how it began"
-        )
-    path.unlink(missing_ok=True)  # first: the rest counts for nothing without it
-    for other in job.work.iterdir():
-        if other.name not in (_LOCK_FILE, MANIFEST_FILE):  # the latter: of the dataset that is being replaced
-            other.unlink()
-    write_beside(path, json.dumps(identity, indent=1).encode())
-
-
 def _identity(job: _Job) -> dict[str, Any]:
     """Return what decides the bytes of a dataset, as JSON has it."""
     files = {part.path: part.path.stat() for part in job.parts if part.path.exists()}
@@ -587,34 +450,3 @@ def _field(reason: str) -> str:
     """Return the field that a message of `rung.data.structure.validate` blames."""
     found = re.match(r"structure .*: ([^ :]+): expected", reason, re.DOTALL)
     return found[1] if found else "other"
-
-
-def _record(kind: type[Record], path: Path) -> Record | None:
-    """Return the record that was written beside a finished file, None when there is none that can be read."""
-    values = _json(path.with_suffix(".json"))
-    try:
-        if kind is PartRecord:
-            values["spills"] = [SpillRecord(**spill) for spill in values["spills"]]
-        if kind is ShardRecord:
-            values["info"] = ShardInfo(**values["info"])
-            values["elements"] = {int(z): count for z, count in values["elements"].items()}
-            values["sums"] = {name: LabelSums(**sums) for name, sums in values["sums"].items()}
-        return kind(**values)
-    except (KeyError, TypeError):  # none, or one of another version
-        return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a file, empty when there is none; what a damaged file describes is made again."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and file_sha256(path) == sha256
-
-
-def _write_record(record: PartRecord | ShardRecord, path: Path) -> None:
-    write_beside(path.with_suffix(".json"), json.dumps(dataclasses.asdict(record)).encode())

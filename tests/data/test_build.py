@@ -555,6 +555,18 @@ def test_a_record_says_what_it_was_made_of(tmp_path: Path) -> None:
     assert {f"{name}.tar" for name in records if "part" not in name} == {path.name for path in work.glob("*.tar")}
 
 
+def test_a_build_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
+    """The next try, with other options, is not held up by it."""
+
+    def fail(part: int) -> None:
+        raise ValueError("no such key")
+
+    with pytest.raises(ValueError, match="no such key"):
+        make(tmp_path / "out", Made(reading=fail))
+    assert not (tmp_path / "out" / WORK_FOLDER).exists()
+    make(tmp_path / "out", name="other")
+
+
 def test_labels_are_told_from_missing_ones(tmp_path: Path) -> None:
     table = make_table(0, 6)
     structures = [replace(s, labels={"pbe": Labels(energy=NAN)}) if s.key == "p0-00003" else s for s in table]
