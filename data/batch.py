@@ -115,9 +115,12 @@ class Samples:
     forces_weight: NDArray[np.float32]  # [M]
 
     @staticmethod
-    def of(samples: Sequence[Sample]) -> Samples:
-        """Return samples as arrays."""
-        names = tuple(dict.fromkeys(sample.fidelity for sample in samples))
+    def of(samples: Sequence[Sample], fidelities: Sequence[str]) -> Samples:
+        """Return samples as arrays; raise ValueError for one whose fidelity is not among `fidelities`."""
+        names = tuple(fidelities)
+        for sample in samples:
+            if sample.fidelity not in names:
+                raise unknown_fidelity(sample.fidelity, names)
         drawn = [
             replace(s, labels={DRAWN: s.labels[fidelity]} if fidelity in s.labels else {})
             for s, fidelity, _, _ in samples
@@ -191,7 +194,7 @@ class Batcher:
         for start, piece in _pieces(samples):
             graph = edgeless(piece.table) if self._cutoff is None else table_graph(piece.table, self._cutoff)
             atoms = piece.table.offsets
-            edges = graph.row_ptr[atoms]
+            edges = graph.row_ptr[atoms].astype(np.int64)
             self._check_sizes(piece.table, np.diff(atoms), np.diff(edges))
             done = 0
             while True:
@@ -219,8 +222,9 @@ class Batcher:
         return _batch(Samples.concatenate(parts), _union(graphs), self._fidelity_index)
 
     def _check_sizes(self, table: StructureTable, atoms: NDArray[np.int64], edges: NDArray[np.int64]) -> None:
-        too_large = np.flatnonzero((atoms > self._budget.max_atoms) | (edges > self._budget.max_edges))
-        for index in too_large.tolist():
+        too_large = np.flatnonzero((atoms > self._budget.max_atoms) | (edges > self._budget.max_edges)).tolist()
+        if too_large:
+            index = too_large[0]
             raise ValueError(
                 f"structure '{table.keys[index]}': {atoms[index]} atoms and {edges[index]} edges within "
                 f"{self._cutoff} angstrom exceed the budget of {self._budget.max_atoms} atoms and "
@@ -235,7 +239,7 @@ def batches(
     batcher = Batcher(fidelity_index, cutoff, budget)
     remaining = iter(samples)
     while some := list(islice(remaining, _PIECE_SAMPLES)):
-        yield from (batch for batch, _ in batcher.add(Samples.of(some)))
+        yield from (batch for batch, _ in batcher.add(Samples.of(some, list(fidelity_index))))
     if (rest := batcher.rest()) is not None:
         yield rest
 
@@ -266,7 +270,8 @@ def collate(
     ):
         if len(values) != len(structures):
             raise ValueError(f"collate: {name}: expected one per structure ({len(structures)}), found {len(values)}")
-    samples = Samples.of(list(map(Sample, structures, fidelities, energy_weights, forces_weights)))
+    rows = list(map(Sample, structures, fidelities, energy_weights, forces_weights))
+    samples = Samples.of(rows, list(fidelity_index))
     return _batch(samples, table_graph(samples.table, cutoff), fidelity_index)
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,12 +23,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from rung.data.fidelity import Fidelity, check_name, unknown_fidelity
 from rung.data.manifest import MANIFEST_FILE, FidelityEntry, Manifest, read_manifest, write_manifest
-from rung.data.parallel import Map
+from rung.data.pack import save_arrays
+from rung.data.parallel import Item, Map, Result
 from rung.data.reference_energy import EXTREME_DEVIATION, Compositions
 from rung.data.shard import (
     EDGE_CUTOFF,
@@ -38,16 +41,27 @@ from rung.data.shard import (
 )
 from rung.data.sources.memory import InMemory
 from rung.data.sources.source import PART_ATOMS, PART_STRUCTURES, Part, Source
-from rung.data.spill import Spill, find_rows, order_by_key, read_spill
+from rung.data.spill import Spill, find_rows, order_by_key, read_hashes, read_spill
 from rung.data.split import SPLITS, SplitFractions
 from rung.data.statistics import SAMPLE, EnergySample, LabelSums, Reference
 from rung.data.structure import Structure, validate
-from rung.data.table import Array, StructureTable, faults, joined
+from rung.data.table import Array, StructureTable, faults, joined, offsets_of
 from rung.data.tally import NAMED, Tally, tell_outliers
-from rung.data.unfinished import PartRecord, ShardRecord, SpillRecord, is_whole, read_record, unfinished, write_record
+from rung.data.unfinished import (
+    NEW,
+    PartRecord,
+    ShardRecord,
+    SpillRecord,
+    is_whole,
+    read_record,
+    unfinished,
+    write_record,
+)
 
 WORK_FOLDER = ".building"
 _HASHES = 1 << 64
+_KEYS_AT_A_TIME = 20_000_000  # whose hashes are compared in memory
+_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
 _MAX_BINDING = 30.0  # eV/atom; no compound is bound so strongly (diamond: 7.4): the E0s are of another method or unit
 
 
@@ -70,13 +84,22 @@ class BuildConfig:
     max_bad: int = 0  # structures that cannot be right and are left out, counted in the manifest
     overwrite: bool = False  # replace the dataset that the folder holds
 
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        for name, least in (("pack_atoms", 1), ("shard_bytes", 1), ("max_bad", 0), ("max_energy_deviation", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"build: {name}: expected a number >= {least}, found {getattr(self, name)}")
+        for fidelity, e0 in self.e0.items():
+            if not all(map(math.isfinite, e0.values())):
+                raise ValueError(f"build: e0 of '{fidelity}': expected finite energies in eV, found {dict(e0)}")
+
 
 @dataclass(frozen=True)
 class _Job:
     """What every piece of work needs to know; it travels to the worker processes."""
 
     source: Source
-    parts: tuple[Part, ...]
+    num_parts: int
     folder: Path
     config: BuildConfig
 
@@ -104,26 +127,12 @@ def build(source: Source, paths: Sequence[Path], folder: Path, config: BuildConf
     with the same fidelities lie side by side, so that a pack spends nothing on fidelities it lacks. `run` does the work
     (`rung.data.parallel.workers`). A build of the same files and options goes on where a former one was stopped.
 
-    Energies that composition does not explain are logged by name; beyond `max_energy_deviation` they are refused.
+    Energies that composition does not explain (outliers by a robust z-score) are logged by name; those of them beyond
+    `max_energy_deviation` are refused.
     Raises ValueError naming the structure for this and every other input that cannot be right, and FileExistsError when
     the folder holds a dataset and `overwrite` is false, or an unfinished build of something else.
     """
-    check_name(config.name)
-    for unknown in set(config.e0) - set(source.fidelities):
-        raise unknown_fidelity(unknown, source.fidelities)
-    for name, descriptor in source.fidelities.items():
-        if name != descriptor.name:
-            raise ValueError(f"build: fidelity '{name}' is described under another name, '{descriptor.name}'")
-    if (folder / MANIFEST_FILE).is_file() and not config.overwrite:
-        raise FileExistsError(f"{folder} already holds a dataset; choose another folder or pass overwrite")
-    job = _Job(source, tuple(source.parts(paths)), folder, config)
-    with unfinished(job.work, _identity(job), config.overwrite):
-        parts = _read_parts(job, run)
-        references, statistics_split = _references(job, parts)
-        shards = _write_shards(job, parts, references, run)
-        manifest = _manifest(job, parts, shards, references, statistics_split)
-        _publish(job, manifest)
-    return manifest
+    return _build(source, paths, folder, config, run, resumable=True)
 
 
 def build_dataset(
@@ -134,34 +143,67 @@ def build_dataset(
     for structure in structures:
         validate(structure)  # a table takes NaN, which is an error here, for a label that is missing
     source = InMemory(StructureTable.of(structures), dict(fidelities))
-    try:
-        return build(source, [], folder, BuildConfig(**options))
-    except FileExistsError:  # what is there is another's
-        raise
-    except BaseException:  # there is nothing to go on from
-        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
-        raise
+    return _build(source, [], folder, BuildConfig(**options), map, resumable=False)
+
+
+def _build(
+    source: Source, paths: Sequence[Path], folder: Path, config: BuildConfig, run: Map, *, resumable: bool
+) -> Manifest:
+    for unknown in set(config.e0) - set(source.fidelities):
+        raise unknown_fidelity(unknown, source.fidelities)
+    for name, descriptor in source.fidelities.items():
+        if name != descriptor.name:
+            raise ValueError(f"build: fidelity '{name}' is described under another name, '{descriptor.name}'")
+    if (folder / MANIFEST_FILE).is_file() and not config.overwrite:
+        raise FileExistsError(f"{folder} already holds a dataset; choose another folder or pass overwrite")
+    found = source.parts(paths)
+    job = _Job(source, len(found), folder, config)
+    with unfinished(job.work, _identity(job, found), overwrite=config.overwrite, resumable=resumable):
+        parts = _read_parts(job, found, run)
+        _check_keys(job, parts)
+        references, statistics_split = _references(job, parts)
+        shards = _write_shards(job, parts, references, run)
+        manifest = _manifest(job, parts, shards, references, statistics_split)
+        _publish(job, manifest)
+    return manifest
 
 
 # The first pass
 
 
-def _read_parts(job: _Job, run: Map) -> list[PartRecord]:
+def _read_parts(job: _Job, parts: Sequence[Part], run: Map) -> list[PartRecord]:
     records: list[PartRecord] = []
     rejected = 0
-    pieces = run(partial(_read_part, job), range(len(job.parts)))
-    for record in tqdm(pieces, "reading", len(job.parts), unit="part", disable=None):
-        records.append(record)
-        rejected += sum(record.rejected.values())
-        if rejected > job.config.max_bad:
-            named = "; ".join(name for found in records for name in found.named)
-            raise ValueError(f"{named}. Found {rejected} such structure(s), max_bad is {job.config.max_bad}")
+    with _results(run, partial(_read_part, job), list(enumerate(parts)), "reading", "part") as results:
+        for record in results:
+            records.append(record)
+            rejected += sum(record.rejected.values())
+            if rejected > job.config.max_bad:
+                named = "; ".join(name for found in records for name in found.named)
+                raise ValueError(
+                    f"{named}. Found {rejected} such structure(s), max_bad is {job.config.max_bad}; correct them, or "
+                    "raise max_bad to leave them out"
+                )
     if not sum(spill.structures for record in records for spill in record.spills):
         raise ValueError("build: expected at least one structure, found none")
     return records
 
 
-def _read_part(job: _Job, index: int) -> PartRecord:
+@contextmanager
+def _results(
+    run: Map, function: Callable[[Item], Result], items: Sequence[Item], title: str, unit: str
+) -> Iterator[Iterable[Result]]:
+    """Give the results of a map, with a progress bar; at the end nobody works on it any more, even after an error."""
+    pieces = run(function, items)
+    try:
+        yield tqdm(pieces, title, len(items), unit=unit, disable=None)
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
+
+
+def _read_part(job: _Job, item: tuple[int, Part]) -> PartRecord:
+    index, part = item
     path = job.record_of(index)
     known = read_record(PartRecord, path)
     if known and all(_is_there(job, spill) for spill in known.spills):
@@ -169,10 +211,10 @@ def _read_part(job: _Job, index: int) -> PartRecord:
     rejected, named = Counter[str](), list[str]()
     spills: list[SpillRecord] = []
     # A file that cannot be entered in the middle is one part, of any size.
-    for table in joined(_checked(job, index, rejected, named), PART_STRUCTURES, PART_ATOMS):
+    for table in joined(_checked(job, part, rejected, named), PART_STRUCTURES, PART_ATOMS):
         number = f"-{len(spills):04d}" if spills else ""
         # A later spill of a part gives fewer samples, so that those of a file of any length fit in memory.
-        limit = -(-SAMPLE // (len(job.parts) * (len(spills) + 1)))
+        limit = -(-SAMPLE // (job.num_parts * (len(spills) + 1)))
         spills.append(_write_spill(job, table, f"{path.stem}{number}.safetensors", limit))
     record = PartRecord(spills, dict(rejected), named[:NAMED])
     write_record(record, path)
@@ -184,9 +226,9 @@ def _is_there(job: _Job, spill: SpillRecord) -> bool:
     return is_whole(path, spill.sha256) and is_whole(path.with_suffix(".sample"), spill.sample_sha256)
 
 
-def _checked(job: _Job, index: int, rejected: Counter[str], named: list[str]) -> Iterator[StructureTable]:
+def _checked(job: _Job, part: Part, rejected: Counter[str], named: list[str]) -> Iterator[StructureTable]:
     """Yield the tables of a part without the structures that cannot be right, which are counted and named."""
-    for table in job.source.read(job.parts[index]):
+    for table in job.source.read(part):
         for fidelity in set(table.fidelities) - set(job.source.fidelities):
             raise unknown_fidelity(fidelity, job.source.fidelities)
         if bad := faults(table):
@@ -227,7 +269,7 @@ def _write_samples(spill: Spill, path: Path, limit: int) -> str:
                 arrays[f"{place}.elements"] = sample.compositions.elements
                 arrays[f"{place}.counts"] = sample.compositions.counts
                 arrays[f"{place}.energies"] = sample.energies
-    data = save(arrays)
+    data = save_arrays(arrays)
     write_beside(path, data)
     return hashlib.sha256(data).hexdigest()
 
@@ -253,12 +295,45 @@ def _references(job: _Job, parts: Sequence[PartRecord]) -> tuple[dict[str, Refer
             chosen = by_split.get("train", everything)
             known = dict(job.config.e0[fidelity]) if fidelity in job.config.e0 else None
             references[fidelity] = _reference(fidelity, chosen, everything, known)
-        splits[fidelity] = ("train",) if "train" in by_split else SPLITS
+        # Without any energies it is the forces that statistics are taken of.
+        has_train = "train" in by_split if everything else True
+        splits[fidelity] = ("train",) if has_train else SPLITS
     return references, splits
 
 
 def _spills(parts: Sequence[PartRecord]) -> list[str]:
     return [spill.file for part in parts for spill in part.spills]
+
+
+def _check_keys(job: _Job, parts: Sequence[PartRecord]) -> None:
+    """Raise ValueError for a key that occurs twice, a range of hashes at a time."""
+    files = _spills(parts)
+    count = 1 + sum(spill.structures for part in parts for spill in part.spills) // _KEYS_AT_A_TIME
+    bounds = [_HASHES * index // count for index in range(count + 1)]
+    rows = [np.array([find_rows(job.work / file, number, bounds) for file in files]) for number in range(len(SPLITS))]
+    for index in range(count):
+        ranges = [
+            (job.work / file, int(rows_of_split[i, index]), int(rows_of_split[i, index + 1]))
+            for rows_of_split in rows
+            for i, file in enumerate(files)
+        ]
+        hashes = np.concatenate([read_hashes(path, start, stop) for path, start, stop in ranges])
+        order = np.argsort(hashes, kind="stable")
+        places = offsets_of(np.array([stop - start for _, start, stop in ranges]))
+        for twin in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
+            one, other = (_key_at(ranges, places, int(order[twin + k])) for k in (0, 1))
+            if one == other:
+                raise ValueError(
+                    f"build: key '{one}' names two structures, and keys must be unique in a dataset; keys of a "
+                    "file's frames begin with its name, so rename one of two files of the same name"
+                )
+
+
+def _key_at(ranges: Sequence[tuple[Path, int, int]], places: NDArray[np.int64], at: int) -> str:
+    number = int(np.searchsorted(places, at, "right")) - 1
+    path, start, _ = ranges[number]
+    row = start + at - int(places[number])
+    return read_spill(path, row, row + 1)[0].keys[0]
 
 
 def _reference(
@@ -283,8 +358,8 @@ def _write_shards(
     job: _Job, parts: Sequence[PartRecord], references: Mapping[str, Reference], run: Map
 ) -> list[ShardRecord]:
     pieces = [piece for number, split in enumerate(SPLITS) for piece in _shard_jobs(job, parts, number, split)]
-    records = run(partial(_write_shard, job, dict(references)), pieces)
-    done = list(tqdm(records, "writing", len(pieces), unit="shard", disable=None))
+    with _results(run, partial(_write_shard, job, dict(references)), pieces, "writing", "shard") as results:
+        done = list(results)
     for fidelity in job.source.fidelities:
         tell_outliers(fidelity, done, job.config.max_energy_deviation)
     return done
@@ -314,7 +389,6 @@ def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJo
     tables, hashes = zip(*(read_spill(job.work / file, start, stop) for file, start, stop in shard.rows), strict=True)
     table = StructureTable.concatenate(tables)
     order = order_by_key(table, np.concatenate(hashes))
-    _check_keys(table, np.concatenate(hashes), order)
     order = order[np.argsort(_rank_of_labels(table)[order], kind="stable")]
     tally = Tally(references, job.config.max_energy_deviation)
     # A pack at a time: what is done to it finds it in the processor's cache.
@@ -323,17 +397,6 @@ def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJo
     record = tally.record(write_shard(packs, path, shard.split))
     write_record(record, path)
     return record
-
-
-def _check_keys(table: StructureTable, hashes: NDArray[np.uint64], order: NDArray[np.int64]) -> None:
-    """Raise ValueError for a key that occurs twice; `order` sorts by hash and key."""
-    for index in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
-        key = table.keys[int(order[index])]
-        if key == table.keys[int(order[index + 1])]:
-            raise ValueError(
-                f"build: key '{key}' names two structures, and keys must be unique in a dataset; keys of a "
-                "file's frames begin with its name, so rename one of two files of the same name"
-            )
 
 
 def _rank_of_labels(table: StructureTable) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -388,61 +451,61 @@ def _entry(
     shards: Sequence[ShardRecord],
     reference: Reference | None,
     isolated: bool,
-    statistics_splits: Sequence[str],
+    statistics_splits: tuple[str, ...],
 ) -> FidelityEntry:
     name = descriptor.name
     by_split: dict[str, LabelSums] = {}
     for shard in shards:
         by_split.setdefault(shard.info.split, LabelSums())
         by_split[shard.info.split] += shard.sums.get(name, LabelSums())
-    if not any(sums.num_energies or sums.num_forces for sums in by_split.values()):
+    if not any(sum(shard.info.labels.get(name, ())) for shard in shards):
         raise ValueError(f"fidelity '{name}': no structure has a label at it; leave it out, or check the name")
-    train = by_split.get("train", LabelSums())
-    has_train = bool(train.num_energies or train.num_forces)
-    energies = sum((by_split.get(split, LabelSums()) for split in statistics_splits), LabelSums())
-    forces = train if has_train else sum(by_split.values(), LabelSums())
-    entry: dict[str, Any] = dict(forces.force_statistics())
+    chosen = sum((by_split.get(split, LabelSums()) for split in statistics_splits), LabelSums())
+    entry: dict[str, Any] = dict(chosen.force_statistics())
     if reference is not None:
         entry |= {
             "e0": reference.e0,
             "e0_source": "isolated_atoms" if isolated else "least_squares",
             "e0_fit": reference.fit.e0,
             "e0_note": reference.fit.note,
-            **energies.energy_statistics(),
+            **chosen.energy_statistics(),
         }
     return FidelityEntry(
         descriptor=descriptor,
         num_energies={split: sums.num_energies for split, sums in by_split.items()},
         num_forces={split: sums.num_forces for split, sums in by_split.items()},
-        statistics_split="train" if has_train else "all",
+        statistics_split="train" if statistics_splits == ("train",) else "all",
         **entry,
     )
 
 
 def _publish(job: _Job, manifest: Manifest) -> None:
-    """Replace what the folder holds, manifest first, so that no manifest ever describes missing shards."""
-    held = [folder for folder in (job.folder, job.work) if (folder / MANIFEST_FILE).is_file()]
-    former = {shard.file for shard in read_manifest(held[0]).shards} if held else set()
-    if job.folder in held:
-        (job.folder / MANIFEST_FILE).replace(job.work / MANIFEST_FILE)  # a build that is stopped here still needs it
+    """Replace what the folder holds; at no moment does a manifest there describe shards that are not."""
+    new = job.work / NEW
+    new.mkdir(exist_ok=True)
+    write_manifest(manifest, new)
+    read_manifest(new)  # a text that cannot be read back must not replace one that can
+    (job.folder / MANIFEST_FILE).unlink(missing_ok=True)
     for shard in manifest.shards:
         if (job.work / shard.file).is_file():
             (job.work / shard.file).replace(job.folder / shard.file)
-    for file in former - {shard.file for shard in manifest.shards}:
-        (job.folder / file).unlink(missing_ok=True)
-    write_manifest(manifest, job.folder)
-    shutil.rmtree(job.work)
+    kept = {shard.file for shard in manifest.shards}
+    for path in job.folder.glob("*.tar"):
+        if _SHARD_NAME.fullmatch(path.name) and path.name not in kept:  # of the dataset before
+            path.unlink()
+    (new / MANIFEST_FILE).replace(job.folder / MANIFEST_FILE)
+    shutil.rmtree(job.work, ignore_errors=True)
 
 
-def _identity(job: _Job) -> dict[str, Any]:
+def _identity(job: _Job, parts: Sequence[Part]) -> dict[str, Any]:
     """Return what decides the bytes of a dataset, as JSON has it."""
-    files = {part.path: part.path.stat() for part in job.parts if part.path.exists()}
+    files = {part.path: part.path.stat() for part in parts if part.path.exists()}
     config = dataclasses.replace(job.config, overwrite=False)
     return {
         "source": repr(job.source),
         "config": repr(config),
         "files": [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in sorted(files.items())],
-        "parts": [[part.path.name, part.start, part.stop] for part in job.parts],
+        "parts": [[part.path.name, part.start, part.stop] for part in parts],
     }
 
 

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = BuildConfig(name="")
+    defaults = BuildConfig(name="defaults")
     parser.add_argument("files", nargs="+", type=Path, help="files or folders of the source")
     parser.add_argument("--out", required=True, type=Path, help="folder of the new dataset")
     parser.add_argument("--source", default="ase", help="what the files are: see 'rung data sources' (default ase)")

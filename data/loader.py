@@ -101,7 +101,12 @@ class BatchLoader:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start()
-        batch, self._states[self._next_consumer] = next(self._iterator)
+        try:
+            batch, state = next(self._iterator)
+        except BaseException:
+            self.close()  # a generator that has raised would say that there is nothing more
+            raise
+        self._states[self._next_consumer] = state
         self._next_consumer = (self._next_consumer + 1) % len(self._states)
         return batch
 
@@ -123,9 +128,14 @@ class BatchLoader:
                     "resume with the set-up that it was saved with"
                 )
         self.close()
+        before = list(self._states), self._next_consumer
         self._set(state["consumers"], state["next_consumer"])
-        for consumer in range(len(self._states)):
-            self._consumers.open(consumer)  # a state that does not fit is an error here, not later in a worker
+        try:
+            for consumer in range(len(self._states)):
+                self._consumers.open(consumer)  # a state that does not fit is an error here, not later in a worker
+        except ValueError:
+            self._set(*before)
+            raise
 
     def redeal(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Continue with this rank's part of what another number of ranks or workers had left; `states` by rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class MixedStream:
         for values in (weights, energy_weights, forces_weights):
             if len(values) != len(streams):
                 raise ValueError(f"mixing: expected one weight per stream ({len(streams)}), found {len(values)}")
-        if not all(weight > 0 for weight in weights):
+        if not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"mixing: weight: expected positive numbers, found {list(weights)}; leave the task out")
         self._streams = list(streams)
         self._fidelities = tuple(stream.fidelity for stream in streams)

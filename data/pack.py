@@ -53,6 +53,11 @@ def encode(table: StructureTable) -> bytes:
     for fidelity in table.fidelities:
         check_name(fidelity)
     arrays = arrays_of(table) | {"pack_version": np.array([PACK_VERSION], np.uint8)}
+    return save_arrays(arrays)
+
+
+def save_arrays(arrays: Mapping[str, Array]) -> bytes:
+    """Return arrays as safetensors; its own `save` stores the memory of an array whose rows are not contiguous."""
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,10 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # set by O
 
 
 class Map(Protocol):
-    """Calls a function (importable, so that it can be sent) on every item and yields the results in their order."""
+    """Calls a function (importable, so that it can be sent) on every item and yields the results in their order.
+
+    What runs on other processes can be closed, which drops what is queued and waits for what has begun.
+    """
 
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]: ...
 
@@ -86,9 +89,13 @@ def _end_with_parent() -> None:
 
 def _map_of(executor: Executor | Any) -> Map:
     def run(function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
+        futures = [executor.submit(function, item) for item in items]
         try:
-            yield from executor.map(function, items)
+            for future in futures:
+                yield future.result()
         except BrokenProcessPool as error:
             raise ChildProcessError("a worker process was killed; out of memory? Use fewer processes") from error
+        finally:  # also when the caller stops, and closes this generator
+            wait([future for future in futures if not future.cancel()])
 
     return run

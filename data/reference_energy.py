@@ -86,14 +86,17 @@ class Compositions(NamedTuple):
         return counts
 
     def rows(self, index: NDArray[np.integer]) -> Compositions:
-        """Return the compositions of some structures."""
-        return Compositions(self.elements, self.counts[index])
+        """Return the compositions of some structures, over the elements that they have."""
+        counts = self.counts[index]
+        occurring = counts.any(axis=0)
+        return Compositions(self.elements[occurring], counts[:, occurring])
 
     def sums(self, e0: Mapping[int, float]) -> Floats:
         """Return the sum of the elements' energies for each structure; [M], NaN where an element has none."""
         known = np.array([e0.get(z, np.nan) for z in self.elements.tolist()])
         # Not a product of BLAS: its threads cost more than they save on a few columns, and worker processes share them.
-        return np.asarray((self.counts * known).sum(1), np.float64)
+        # An element without an energy counts only where it occurs: 0 * NaN is NaN.
+        return np.asarray(np.where(self.counts > 0, self.counts * known, 0.0).sum(1), np.float64)
 
 
 @dataclass(frozen=True)

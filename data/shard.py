@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rung.data.graph import edge_counts
 from rung.data.pack import encode
 from rung.data.table import StructureTable, offsets_of
-from rung.data.tar import members
+from rung.data.tar import MAX_MEMBERS, members
 
 EDGE_CUTOFF = 5.0  # angstrom; the cut-off at which a manifest counts edges, so that budgets can be planned
 PACK_ATOMS = 16384
@@ -60,6 +60,8 @@ def write_shard(packs: Iterable[StructureTable], path: Path, split: str) -> Shar
 
     def contents() -> Iterator[tuple[str, bytes]]:
         for index, pack in enumerate(packs):
+            if index == MAX_MEMBERS:
+                raise ValueError(f"{path.name}: more than {MAX_MEMBERS} packs; lower shard_bytes or raise pack_atoms")
             data = encode(pack)
             seen.add(pack, index)
             yield f"{path.stem}-{index:06d}-{zlib.crc32(data):08x}{PACK_SUFFIX}", data
@@ -159,11 +161,15 @@ class HashedFile:
 def writing_beside(path: Path) -> Iterator[HashedFile]:
     """Give a neighbour of `path` to write; flush it to disk and move it into place: no reader sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        yield HashedFile(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            yield HashedFile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_tar(file: HashedFile, contents: Iterable[tuple[str, bytes]]) -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save
 
-from rung.data.pack import arrays_of, table_of
+from rung.data.pack import arrays_of, save_arrays, table_of
 from rung.data.shard import write_beside
 from rung.data.table import LABEL_KINDS, StructureTable
 
@@ -63,7 +62,7 @@ class Spill:
         """Write the spill; return its SHA-256 and about how many bytes each split has."""
         arrays = arrays_of(self.table)
         extra = {"hash": self.hashes, "atom_offsets": self.table.offsets, "split_offsets": self.split_offsets}
-        data = save(arrays | extra)
+        data = save_arrays(arrays | extra)
         write_beside(path, data)
         per_structure = sum(array.nbytes for array in arrays.values()) / max(1, len(self.table))
         sizes = [round(per_structure * count) for count in np.diff(self.split_offsets).tolist()]
@@ -79,6 +78,15 @@ def find_rows(path: Path, split: int, bounds: Sequence[int]) -> NDArray[np.int64
         hashes = file.get_slice("hash")[start:stop]
     rows: NDArray[np.int64] = start + np.searchsorted(hashes, np.array(bounds[:-1], np.uint64))
     return np.append(rows, stop)  # the last bound, 2^64, is no uint64
+
+
+def read_hashes(path: Path, start: int, stop: int) -> Hashes:
+    """Return the hashes of structures start..stop of a spill."""
+    if start == stop:
+        return np.zeros(0, np.uint64)
+    with safe_open(path, "numpy") as file:
+        hashes: Hashes = file.get_slice("hash")[start:stop]
+    return hashes
 
 
 def read_spill(path: Path, start: int, stop: int) -> tuple[StructureTable, Hashes]:

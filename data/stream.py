@@ -131,7 +131,7 @@ class LabelReader:
         table = decode(data, f"{info.file}: {member.name}").at(self.fidelity)
         if len(table) != (stated := info.labels[self.fidelity][pack]):
             raise ValueError(f"manifest says {stated} structures with labels at '{self.fidelity}', found {len(table)}")
-        return table.renamed(self.fidelity, self.fidelity)
+        return table
 
     def _open_shard(self, shard: int) -> _OpenShard:
         if self._open is None or self._open.index != shard:
@@ -163,8 +163,7 @@ class LabelReader:
 class _Block:
     """The block that was read last, in shuffled order; streams deal a block in many portions."""
 
-    epoch: int = -1
-    start: int = -1
+    place: tuple[int, int, int] = (-1, -1, -1)  # epoch and positions
     table: StructureTable = field(default_factory=lambda: StructureTable.of([]))
     row: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # of each structure; -1: unreadable
 
@@ -266,6 +265,8 @@ class ShardStream:
 
         None stands for a consumer that had not begun. Raises ValueError as `load_state` does, but for the world.
         """
+        if not states:
+            raise ValueError(f"stream states of {self._reader}: expected one for each consumer, found none")
         positions = []
         for rank, state in enumerate(states):
             identity = self._identity | {"world": len(states), "rank": rank}
@@ -284,13 +285,14 @@ class ShardStream:
 
     def _read(self, segment: Segment) -> _Block:
         """Return the block of a segment, from memory when it was the last one."""
-        if (self._block.epoch, self._block.start) != (segment.epoch, segment.start):
+        place = (segment.epoch, segment.start, segment.stop)
+        if self._block.place != place:
             tables, found = zip(*self._positions(segment.epoch, segment.start, segment.stop), strict=True)
             readable = np.concatenate(found)
             row = np.where(readable, np.cumsum(readable) - 1, -1)
             if self._shuffle:
                 row = self._random(segment.epoch, segment.start, segment.stop).permutation(row)
-            self._block = _Block(segment.epoch, segment.start, StructureTable.concatenate(tables), row)
+            self._block = _Block(place, StructureTable.concatenate(tables), row)
         return self._block
 
     def _positions(self, epoch: int, start: int, stop: int) -> Iterator[tuple[StructureTable, NDArray[np.bool_]]]:
@@ -337,6 +339,8 @@ def epoch_structures(
     Of `world` callers each gets its own structures (maybe none) and together they get all.
     """
     _check_rank(rank, world)
+    if every < 1:
+        raise ValueError(f"epoch_structures: every: expected a whole number >= 1, found {every}")
     reader = LabelReader(dataset, fidelity, split, max_bad=max_bad, shard_url=shard_url, remote=remote)
     for table in reader.every(every * world, every * rank):
         yield from table

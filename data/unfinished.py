@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rung.data.manifest import MANIFEST_FILE
 from rung.data.shard import ShardInfo, file_sha256, write_beside
 from rung.data.statistics import LabelSums
 
 JOB_FILE = "job.json"
 LOCK_FILE = "lock"
+NEW = "new"  # the folder of the manifest that is about to be published
 
 Record = TypeVar("Record", "PartRecord", "ShardRecord")
 
@@ -58,11 +58,12 @@ class ShardRecord:
 
 
 @contextmanager
-def unfinished(work: Path, identity: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
+def unfinished(work: Path, identity: Mapping[str, Any], *, overwrite: bool, resumable: bool) -> Iterator[None]:
     """Hold the folder of unfinished work; it must be that of the job with this identity (JSON), or empty.
 
     Another's is discarded when `overwrite` is true or nothing in it is finished. Raises FileExistsError for another's
-    work otherwise, and while another process holds the folder. An error before anything is finished leaves no folder.
+    work otherwise, and while another process holds the folder. An error leaves no folder when there is nothing to go on
+    from: nothing is finished, or the job is not `resumable`; but once the result is being published it always stays.
     """
     work.mkdir(parents=True, exist_ok=True)
     with (work / LOCK_FILE).open("w") as lock:
@@ -75,8 +76,8 @@ def unfinished(work: Path, identity: Mapping[str, Any], overwrite: bool) -> Iter
         try:
             yield
         except BaseException:
-            if not _has_finished(work):
-                shutil.rmtree(work)
+            if not (work / NEW).exists() and not (resumable and _has_finished(work)):
+                shutil.rmtree(work, ignore_errors=True)
             raise
 
 
@@ -91,7 +92,7 @@ def read_record(kind: type[Record], path: Path) -> Record | None:
             values["elements"] = {int(z): count for z, count in values["elements"].items()}
             values["sums"] = {name: LabelSums(**sums) for name, sums in values["sums"].items()}
         return kind(**values)
-    except (KeyError, TypeError):  # none, or one of another version
+    except (KeyError, TypeError, ValueError, AttributeError):  # none, or one of another version
         return None
 
 
@@ -118,21 +119,20 @@ def _take_over(work: Path, identity: Mapping[str, Any], overwrite: bool) -> None
         )
     path.unlink(missing_ok=True)  # first: the rest counts for nothing without it
     for other in work.iterdir():
-        if other.name not in (LOCK_FILE, MANIFEST_FILE):  # the latter: of the dataset that is being replaced
+        if other.is_dir():
+            shutil.rmtree(other)
+        elif other.name != LOCK_FILE:
             other.unlink()
     write_beside(path, json.dumps(identity, indent=1).encode())
 
 
 def _has_finished(work: Path) -> bool:
-    """Return whether a piece is finished, or an old dataset's manifest waits here."""
-    return any(path.suffix == ".json" and path.name != JOB_FILE for path in work.iterdir()) or (
-        (work / MANIFEST_FILE).exists()
-    )
+    return any(path.suffix == ".json" and path.name != JOB_FILE for path in work.iterdir())
 
 
 def _json(path: Path) -> dict[str, Any]:
     """Return the mapping in a file, empty when there is none; what a damaged file describes is made again."""
     try:
         return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError):
         return {}

@@ -73,7 +73,7 @@ def _stray_files(folder: Path, manifest: Manifest) -> list[str]:
     for name in sorted(path.name for path in folder.iterdir()):
         if name.endswith(".tar") and name not in listed:
             strays.append(f"{name}: not in the manifest")
-        elif name.endswith(".partial") or name.startswith(".building-"):
+        elif name.endswith(".partial") or name == ".building":
             strays.append(f"{name}: left by a build that runs or was stopped; delete it when none runs")
     return strays
 

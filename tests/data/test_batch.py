@@ -108,6 +108,12 @@ def test_batches_fill_the_budget_and_lose_nothing(max_atoms: int, max_edges: int
         assert too_many_atoms or batch.num_edges + first.num_edges > max_edges
 
 
+def test_fidelities_keep_their_rows_in_long_sequences() -> None:
+    samples = [Sample(make_structure(seed, num_atoms=1), "low" if seed < 300 else "high") for seed in range(310)]
+    (batch,) = batches(samples, fidelity_index=FIDELITIES, cutoff=CUTOFF, budget=Budget(10_000, 10**10))
+    assert batch.fidelity.tolist() == [0] * 300 + [1] * 10
+
+
 @pytest.mark.parametrize("budget", [Budget(8, 1000), Budget(1000, 8)])
 def test_structure_larger_than_the_budget_is_named(budget: Budget) -> None:
     samples = [Sample(make_structure(0, num_atoms=2), "low"), Sample(make_structure(1, num_atoms=9), "low")]

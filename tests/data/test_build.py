@@ -324,7 +324,7 @@ class TestBadStructures:
         with pytest.raises(ValueError) as caught:
             make(tmp_path, Made(change=self.spoil), max_bad=7)
         message = str(caught.value)
-        assert message.endswith("Found 8 such structure(s), max_bad is 7")
+        assert "Found 8 such structure(s), max_bad is 7; correct them, or raise max_bad" in message
         for part in (0, 2):
             assert f"structure 'p{part}-00004': forces.pbe: expected |F| <= 300 eV/angstrom, found 1000;" in message
             assert f"structure 'p{part}-00020': forces.pbe: expected finite values, found 1 " in message
@@ -565,6 +565,72 @@ def test_a_build_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
         make(tmp_path / "out", Made(reading=fail))
     assert not (tmp_path / "out" / WORK_FOLDER).exists()
     make(tmp_path / "out", name="other")
+
+
+def test_unfinished_work_is_not_taken_for_that_of_other_structures(tmp_path: Path) -> None:
+    """Both are in memory, of the same size and called the same."""
+    options: dict[str, Any] = {"name": "a", "fidelities": LEVELS, "split": CONFIG.split}
+    assert killed(lambda: build_dataset(list(make_table(0, 24)), tmp_path, **options), moving)
+    with pytest.raises(FileExistsError, match="unfinished build of other files or options .other source"):
+        build_dataset(list(make_table(1, 24)), tmp_path, **options)
+    build_dataset(list(make_table(1, 24)), tmp_path, **options, overwrite=True)
+    assert {s.key for s in read_any(tmp_path)} == {s.key for s in make_table(1, 24)} and verify(tmp_path) == []
+
+
+def test_what_cannot_be_read_back_replaces_nothing(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    make(tmp_path)
+    before = contents(tmp_path)
+    for text in ("\udc80", "a\r\nb\x07"):
+        with pytest.raises(ValueError):
+            make(tmp_path, description=text, overwrite=True)
+        assert {name: data for name, data in contents(tmp_path).items() if name != WORK_FOLDER} == before
+
+
+def test_bad_settings_are_named_before_any_work(tmp_path: Path) -> None:
+    for name, value in (("shard_bytes", 0), ("pack_atoms", 0), ("max_bad", -1), ("max_energy_deviation", NAN)):
+        with pytest.raises(ValueError, match=f"build: {name}: expected a number >= "):
+            make(tmp_path / "out", **{name: value})
+    with pytest.raises(ValueError, match="build: e0 of 'pbe': expected finite energies in eV"):
+        make(tmp_path / "out", e0={"pbe": {1: NAN}})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_in_two_splits_is_found(tmp_path: Path) -> None:
+    structures = list(make_table(0, 12))
+    twin = replace(structures[1], key=structures[0].key, group="another group")
+    options: dict[str, Any] = {"name": "a", "fidelities": LEVELS}
+    with pytest.raises(ValueError, match="key 'p0-00000' names two structures"):
+        build_dataset(
+            [*structures, twin], tmp_path, split=lambda g: "val" if g == "another group" else "train", **options
+        )
+
+
+def test_elements_of_other_fidelities_do_not_touch_a_fit(tmp_path: Path) -> None:
+    """Oxygen has forces at PBE, but no energy: it gets no E0, and what is fitted and found is as without it."""
+    structures = list(make_table(0, 240))
+    number, wrong = next((i, s) for i, s in enumerate(structures) if 8 not in s.numbers)
+    energy = (wrong.labels["pbe"].energy or 0) + 5 * wrong.num_atoms
+    structures[number] = replace(wrong, labels={**wrong.labels, "pbe": replace(wrong.labels["pbe"], energy=energy)})
+    oxygen = [s for s in structures if 8 in s.numbers]
+    others = [s for s in structures if 8 not in s.numbers]
+    assert oxygen
+    silent = [replace(s, labels={"pbe": replace(s.labels["pbe"], energy=None)}) for s in oxygen]
+    options: dict[str, Any] = {"name": "a", "fidelities": {"pbe": LEVELS["pbe"]}, "split": lambda _: "train"}
+    others = [replace(s, labels={"pbe": s.labels["pbe"]}) for s in others]
+    without = build_dataset(others, tmp_path / "without", **options).entry("pbe")
+    entry = build_dataset(others + silent, tmp_path / "with", **options).entry("pbe")
+    assert set(entry.e0) == {1, 6} and entry.e0_note == without.e0_note == ""
+    assert entry.e0 == without.e0 and entry.energy_std == without.energy_std
+
+
+def test_a_fidelity_of_dipoles_alone(tmp_path: Path) -> None:
+    structures = [
+        replace(s, labels={"pbe": s.labels["pbe"], "ccsdt": Labels(dipole=np.ones(3, np.float32))})
+        for s in make_table(0, 12)
+    ]
+    entry = build_dataset(structures, tmp_path, name="a", fidelities=LEVELS).entry("ccsdt")
+    assert sum(entry.num_energies.values()) == sum(entry.num_forces.values()) == 0 and entry.e0 == {}
+    assert verify(tmp_path) == []
 
 
 def test_labels_are_told_from_missing_ones(tmp_path: Path) -> None:

@@ -205,6 +205,30 @@ def test_an_error_in_a_worker_reaches_the_caller(dataset: str) -> None:
     loader.close()
 
 
+def test_an_error_does_not_end_the_loader(dataset: str) -> None:
+    """Whoever catches it gets the same error again, and not an end of what is endless."""
+    tasks = [Task(dataset, "low")]
+    loader = BatchLoader(
+        lambda rank, world: open_tasks(tasks, seed=0, rank=rank, world=world), FIDELITIES, 4.0, Budget(3, 300)
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match="exceed the budget of 3 atoms"):
+            take(loader, 1000)
+
+
+def test_a_refused_state_leaves_the_loader_where_it_was(dataset: str) -> None:
+    with open_loader(dataset, seed=1) as other:
+        take(other, 2)
+        foreign = other.state()
+    with open_loader(dataset) as loader:
+        expected = take(loader, 6)
+    with open_loader(dataset) as loader:
+        first = take(loader, 3)
+        with pytest.raises(ValueError, match="seed: expected 0, found 1"):
+            loader.load_state(foreign)
+        assert first + take(loader, 3) == expected
+
+
 def test_workers_outlive_a_signal_to_all_processes(dataset: str) -> None:
     with open_loader(dataset, num_workers=2) as loader:
         expected = take(loader, 40)

@@ -246,6 +246,16 @@ def test_a_consumer_that_was_ahead_is_waited_for(many_packs: Path) -> None:
     assert sorted(itertools.chain(*following)) == sorted(expected_keys("low"))
 
 
+def test_a_stream_that_was_used_may_be_dealt_again(many_packs: Path) -> None:
+    """A block that it holds begins where a new, shorter one does."""
+    used, fresh = (ShardStream(many_packs, "low", seed=7, rank=0, world=2) for _ in range(2))
+    states = [ShardStream(many_packs, "low", seed=7, rank=rank, world=3).state() for rank in range(3)]
+    take(used, 5)
+    used.redeal(states)
+    fresh.redeal(states)
+    assert take(used, 150) == take(fresh, 150)
+
+
 def test_consumers_that_had_not_begun_are_dealt_too(many_packs: Path) -> None:
     begun = ShardStream(many_packs, "low", seed=7, rank=0, world=2)
     seen = Counter(take(begun, 10))

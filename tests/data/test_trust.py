@@ -262,7 +262,7 @@ class TestVerify:
             (Path.unlink, "val-000000.tar: missing; fetch or build it again"),
             (lambda path: path.with_name("stray.tar").touch(), "stray.tar: not in the manifest"),
             (lambda path: path.with_name(".a.tar.partial").touch(), ".a.tar.partial: left by a build .* delete it"),
-            (lambda path: path.with_name(".building-x").mkdir(), ".building-x: left by a build"),
+            (lambda path: path.with_name(".building").mkdir(), ".building: left by a build"),
         ],
     )
     def test_names_every_damaged_file(self, folder: Path, damage: Callable[[Path], Any], message: str) -> None:
