@@ -8,7 +8,6 @@ of the keys; the second gathers each shard's range of hashes from all spills. Fi
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import re
@@ -49,6 +48,7 @@ from rung.data.table import Array, StructureTable, faults, joined, offsets_of
 from rung.data.tally import NAMED, Tally, tell_outliers
 from rung.data.unfinished import (
     NEW,
+    SPILLED,
     PartRecord,
     ShardRecord,
     SpillRecord,
@@ -108,7 +108,7 @@ class _Job:
         return self.folder / WORK_FOLDER
 
     def record_of(self, part: int) -> Path:
-        return self.work / f"part-{part:06d}.json"
+        return self.work / f"{SPILLED}{part:06d}.json"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ def _build(
         raise FileExistsError(f"{folder} already holds a dataset; choose another folder or pass overwrite")
     found = source.parts(paths)
     job = _Job(source, len(found), folder, config)
-    with unfinished(job.work, _identity(job, found), overwrite=config.overwrite, resumable=resumable):
+    wanted = repr((config.e0, config.pack_atoms, config.shard_bytes, config.max_energy_deviation))
+    with unfinished(job.work, _identity(job, found), wanted, overwrite=config.overwrite, resumable=resumable):
         parts = _read_parts(job, found, run)
         _check_keys(job, parts)
         references, statistics_split = _references(job, parts)
@@ -498,12 +499,11 @@ def _publish(job: _Job, manifest: Manifest) -> None:
 
 
 def _identity(job: _Job, parts: Sequence[Part]) -> dict[str, Any]:
-    """Return what decides the bytes of a dataset, as JSON has it."""
+    """Return what decides the spills of a build, as JSON has it."""
     files = {part.path: part.path.stat() for part in parts if part.path.exists()}
-    config = dataclasses.replace(job.config, overwrite=False)
     return {
         "source": repr(job.source),
-        "config": repr(config),
+        "split": repr(job.config.split),
         "files": [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in sorted(files.items())],
         "parts": [[part.path.name, part.start, part.stop] for part in parts],
     }

@@ -20,6 +20,7 @@ from rung.data.statistics import LabelSums
 
 JOB_FILE = "job.json"
 LOCK_FILE = "lock"
+SPILLED = "part-"  # how the files of the first pass begin
 NEW = "new"  # the folder of the manifest that is about to be published
 
 Record = TypeVar("Record", "PartRecord", "ShardRecord")
@@ -58,12 +59,16 @@ class ShardRecord:
 
 
 @contextmanager
-def unfinished(work: Path, identity: Mapping[str, Any], *, overwrite: bool, resumable: bool) -> Iterator[None]:
+def unfinished(
+    work: Path, identity: Mapping[str, Any], shards: str, *, overwrite: bool, resumable: bool
+) -> Iterator[None]:
     """Hold the folder of unfinished work; it must be that of the job with this identity (JSON), or empty.
 
-    Another's is discarded when `overwrite` is true or nothing in it is finished. Raises FileExistsError for another's
-    work otherwise, and while another process holds the folder. An error leaves no folder when there is nothing to go on
-    from: nothing is finished, or the job is not `resumable`; but once the result is being published it always stays.
+    `identity` is what the spills depend on, `shards` what the shards depend on beside them: when only the latter
+    differs, the spills are kept. Another's work is discarded when `overwrite` is true or nothing in it is finished.
+    Raises FileExistsError for another's work otherwise, and while another process holds the folder. An error leaves no
+    folder when there is nothing to go on from: nothing is finished, or the job is not `resumable`; but once the result
+    is being published it always stays.
     """
     work.mkdir(parents=True, exist_ok=True)
     with (work / LOCK_FILE).open("w") as lock:
@@ -72,7 +77,7 @@ def unfinished(work: Path, identity: Mapping[str, Any], *, overwrite: bool, resu
         except BlockingIOError:
             message = f"{work.parent}: another build is writing there; wait for it or choose another folder"
             raise FileExistsError(message) from None
-        _take_over(work, identity, overwrite)
+        _take_over(work, identity, shards, overwrite)
         try:
             yield
         except BaseException:
@@ -106,12 +111,14 @@ def is_whole(path: Path, sha256: str) -> bool:
     return path.is_file() and file_sha256(path) == sha256
 
 
-def _take_over(work: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+def _take_over(work: Path, identity: Mapping[str, Any], shards: str, overwrite: bool) -> None:
     path = work / JOB_FILE
     former = _json(path)
-    if former == identity:
+    job = {**identity, "shards": shards}
+    if former == job:
         return
-    if path.is_file() and _has_finished(work) and not overwrite:
+    is_same = all(former.get(name) == value for name, value in identity.items())
+    if path.is_file() and _has_finished(work) and not is_same and not overwrite:
         differing = ", ".join(name for name in identity if former.get(name) != identity[name])
         raise FileExistsError(
             f"{work} holds an unfinished build of other files or options (other {differing}); run the command that "
@@ -121,9 +128,9 @@ def _take_over(work: Path, identity: Mapping[str, Any], overwrite: bool) -> None
     for other in work.iterdir():
         if other.is_dir():
             shutil.rmtree(other)
-        elif other.name != LOCK_FILE:
+        elif other.name != LOCK_FILE and not (is_same and other.name.startswith(SPILLED)):
             other.unlink()
-    write_beside(path, json.dumps(identity, indent=1).encode())
+    write_beside(path, json.dumps(job, indent=1).encode())
 
 
 def _has_finished(work: Path) -> bool:

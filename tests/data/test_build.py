@@ -229,13 +229,30 @@ class TestStoppedBuild:
         assert contents(tmp_path) == whole
 
     def test_is_not_mixed_with_another(self, tmp_path: Path, whole: dict[str, bytes]) -> None:
-        assert killed(lambda: make(tmp_path, name="other"), moving)
-        with pytest.raises(FileExistsError, match=r"unfinished build of other files or options \(other config\)"):
+        assert killed(lambda: make(tmp_path, split=SplitFractions(1, 0, 0)), moving)
+        with pytest.raises(FileExistsError, match=r"unfinished build of other files or options \(other split\)"):
             make(tmp_path)
-        with pytest.raises(FileExistsError, match=r"\(other source, config, parts\); .* discard it with --overwrite"):
+        with pytest.raises(FileExistsError, match=r"\(other source, split, parts\); .* discard it with --overwrite"):
             make(tmp_path, Made(2))
         make(tmp_path, overwrite=True)
         assert contents(tmp_path) == whole
+
+    def test_keeps_its_spills_when_only_the_shards_are_to_be_others(
+        self, tmp_path: Path, whole: dict[str, bytes]
+    ) -> None:
+        """Whoever corrects a limit, an E0 or a text after an error does not read everything again."""
+
+        def spoil(table: StructureTable) -> StructureTable:
+            table.positions[0, 0] = NAN
+            return table
+
+        with pytest.raises(ValueError, match="max_bad is 2"):
+            make(tmp_path / "bad", Made(change=spoil), max_bad=2)
+        again = Made(change=spoil, reading=lambda part: pytest.fail("it was read before") if part < 2 else None)
+        assert make(tmp_path / "bad", again, max_bad=3).rejected == {"positions": 3}
+        assert killed(lambda: make(tmp_path / "good", name="other", shard_bytes=10**6), moving)
+        make(tmp_path / "good", Made(reading=lambda part: pytest.fail("it was read before")))
+        assert contents(tmp_path / "good") == whole
 
     def test_without_its_description_counts_for_nothing(self, tmp_path: Path, whole: dict[str, bytes]) -> None:
         assert killed(lambda: make(tmp_path, Made(size=12)), moving)
