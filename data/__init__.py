@@ -18,6 +18,7 @@ From files to a dataset
     unfinished.py        what a build leaves while it is unfinished: records, digests, whose work it is
     statistics.py        samples and sums behind what a manifest states of labels
     tally.py             what is counted of a shard while it is written
+    describe.py          the manifest of a build from its records
     reference_energy.py  E0 fits on composition; energies that do not fit
     split.py             groups (molecules) to train, val, test by hash
     generate/            label engine: molecules, sampling, quantum chemistry (needs `rung[generate]`)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rung.data.fidelity import unknown_fidelity
 from rung.data.graph import Graph, edgeless, table_graph
 from rung.data.structure import Structure
-from rung.data.table import StructureTable
+from rung.data.table import StructureTable, cut_by_atoms
 
 DRAWN = "drawn"  # the name under which Samples hold the labels of each structure's own fidelity
 _PIECE_ATOMS = 8192  # whose graph is made at a time: a few hundred thousand edges
@@ -191,7 +191,8 @@ class Batcher:
         The count is of `samples`: a batch ends before sample `count`, which begins the next one.
         Raises ValueError naming a structure that is larger than the budget on its own.
         """
-        for start, piece in _pieces(samples):
+        for start, stop in cut_by_atoms(samples.table.num_atoms, _PIECE_ATOMS):
+            piece = samples.part(start, stop)
             graph = edgeless(piece.table) if self._cutoff is None else table_graph(piece.table, self._cutoff)
             atoms = piece.table.offsets
             edges = graph.row_ptr[atoms].astype(np.int64)
@@ -273,15 +274,6 @@ def collate(
     rows = list(map(Sample, structures, fidelities, energy_weights, forces_weights))
     samples = Samples.of(rows, list(fidelity_index))
     return _batch(samples, table_graph(samples.table, cutoff), fidelity_index)
-
-
-def _pieces(samples: Samples) -> Iterator[tuple[int, Samples]]:
-    """Yield (index of the first, samples) of consecutive pieces of about _PIECE_ATOMS atoms."""
-    atoms, start = samples.table.offsets, 0
-    while start < len(samples):
-        stop = max(start + 1, int(np.searchsorted(atoms, atoms[start] + _PIECE_ATOMS, "right")) - 1)
-        yield start, samples.part(start, stop)
-        start = stop
 
 
 def _slice(graph: Graph, first_atom: int, last_atom: int) -> Graph:

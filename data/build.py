@@ -25,16 +25,15 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
+from rung.data.describe import describe
 from rung.data.fidelity import Fidelity, check_name, unknown_fidelity
-from rung.data.manifest import MANIFEST_FILE, FidelityEntry, Manifest, read_manifest, write_manifest
+from rung.data.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from rung.data.pack import save_arrays
 from rung.data.parallel import Item, Map, Result
 from rung.data.reference_energy import EXTREME_DEVIATION, Compositions
 from rung.data.shard import (
-    EDGE_CUTOFF,
     PACK_ATOMS,
     SHARD_BYTES,
-    cut_packs,
     write_beside,
     write_shard,
 )
@@ -42,9 +41,9 @@ from rung.data.sources.memory import InMemory
 from rung.data.sources.source import PART_ATOMS, PART_STRUCTURES, Part, Source
 from rung.data.spill import Spill, find_rows, order_by_key, read_hashes, read_spill
 from rung.data.split import SPLITS, SplitFractions
-from rung.data.statistics import SAMPLE, EnergySample, LabelSums, Reference
+from rung.data.statistics import SAMPLE, EnergySample, Reference
 from rung.data.structure import Structure, validate
-from rung.data.table import Array, StructureTable, faults, joined, offsets_of
+from rung.data.table import Array, StructureTable, cut_by_atoms, faults, joined, offsets_of
 from rung.data.tally import NAMED, Tally, tell_outliers
 from rung.data.unfinished import (
     NEW,
@@ -164,7 +163,7 @@ def _build(
         _check_keys(job, parts)
         references, statistics_split = _references(job, parts)
         shards = _write_shards(job, parts, references, run)
-        manifest = _manifest(job, parts, shards, references, statistics_split)
+        manifest = describe(config, source.fidelities, parts, shards, references, statistics_split)
         _publish(job, manifest)
     return manifest
 
@@ -393,7 +392,7 @@ def _write_shard(job: _Job, references: Mapping[str, Reference], shard: _ShardJo
     order = order[np.argsort(_rank_of_labels(table)[order], kind="stable")]
     tally = Tally(references, job.config.max_energy_deviation)
     # A pack at a time: what is done to it finds it in the processor's cache.
-    rows = cut_packs(table.num_atoms[order], job.config.pack_atoms)
+    rows = cut_by_atoms(table.num_atoms[order], job.config.pack_atoms)
     packs = (tally.seen(table.take(order[start:stop])) for start, stop in rows)
     record = tally.record(write_shard(packs, path, shard.split))
     write_record(record, path)
@@ -412,72 +411,6 @@ def _rank_of_labels(table: StructureTable) -> np.ndarray[Any, np.dtype[np.int64]
 
 
 # The end
-
-
-def _manifest(
-    job: _Job,
-    parts: Sequence[PartRecord],
-    shards: Sequence[ShardRecord],
-    references: Mapping[str, Reference],
-    statistics_splits: Mapping[str, tuple[str, ...]],
-) -> Manifest:
-    elements, rejected = Counter[int](), Counter[str]()
-    for shard in shards:
-        elements.update(shard.elements)
-    for part in parts:
-        rejected.update(part.rejected)
-    config = job.config
-    return Manifest(
-        name=config.name,
-        version=config.version,
-        source=config.source,
-        doi=config.doi,
-        licence=config.licence,
-        citation=config.citation,
-        description=config.description,
-        cutoff=EDGE_CUTOFF,
-        fidelities={
-            name: _entry(descriptor, shards, references.get(name), name in config.e0, statistics_splits[name])
-            for name, descriptor in job.source.fidelities.items()
-        },
-        elements=dict(sorted(elements.items())),
-        splits=tuple(split for split in SPLITS if any(shard.info.split == split for shard in shards)),
-        shards=[shard.info for shard in shards],
-        rejected=dict(sorted(rejected.items())),
-    )
-
-
-def _entry(
-    descriptor: Fidelity,
-    shards: Sequence[ShardRecord],
-    reference: Reference | None,
-    isolated: bool,
-    statistics_splits: tuple[str, ...],
-) -> FidelityEntry:
-    name = descriptor.name
-    by_split: dict[str, LabelSums] = {}
-    for shard in shards:
-        by_split.setdefault(shard.info.split, LabelSums())
-        by_split[shard.info.split] += shard.sums.get(name, LabelSums())
-    if not any(sum(shard.info.labels.get(name, ())) for shard in shards):
-        raise ValueError(f"fidelity '{name}': no structure has a label at it; leave it out, or check the name")
-    chosen = sum((by_split.get(split, LabelSums()) for split in statistics_splits), LabelSums())
-    entry: dict[str, Any] = dict(chosen.force_statistics())
-    if reference is not None:
-        entry |= {
-            "e0": reference.e0,
-            "e0_source": "isolated_atoms" if isolated else "least_squares",
-            "e0_fit": reference.fit.e0,
-            "e0_note": reference.fit.note,
-            **chosen.energy_statistics(),
-        }
-    return FidelityEntry(
-        descriptor=descriptor,
-        num_energies={split: sums.num_energies for split, sums in by_split.items()},
-        num_forces={split: sums.num_forces for split, sums in by_split.items()},
-        statistics_split="train" if statistics_splits == ("train",) else "all",
-        **entry,
-    )
 
 
 def _publish(job: _Job, manifest: Manifest) -> None:

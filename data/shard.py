@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rung.data.graph import edge_counts
 from rung.data.pack import encode
-from rung.data.table import StructureTable, offsets_of
+from rung.data.table import StructureTable
 from rung.data.tar import MAX_MEMBERS, members
 
 EDGE_CUTOFF = 5.0  # angstrom; the cut-off at which a manifest counts edges, so that budgets can be planned
@@ -99,15 +98,6 @@ class _Seen:
         for name in pack.fidelities:
             if count := int(np.count_nonzero(pack.carries(name))):
                 self.labels[name] += [0] * (index - len(self.labels[name])) + [count]
-
-
-def cut_packs(num_atoms: NDArray[np.integer], pack_atoms: int = PACK_ATOMS) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of consecutive structures of at most `pack_atoms` atoms in all, or of one larger structure."""
-    offsets, start = offsets_of(num_atoms), 0
-    while start < len(num_atoms):
-        stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + pack_atoms, "right")) - 1)
-        yield start, stop
-        start = stop
 
 
 def read_packs(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -264,8 +264,7 @@ class StructureTable:
         """Return one structure; its arrays are views."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = int(self.num_atoms[:index].sum(dtype=np.int64))
-        return self._one(index, slice(start, start + int(self.num_atoms[index])))
+        return self._one(index, slice(*self.offsets[index : index + 2].tolist()))
 
     def __iter__(self) -> Iterator[Structure]:
         offsets = self.offsets.tolist()
@@ -378,6 +377,15 @@ def ragged_index(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -> N
     """Return the concatenation of the ranges starts[m]..starts[m] + lengths[m]."""
     offsets = offsets_of(lengths)
     return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+
+
+def cut_by_atoms(num_atoms: NDArray[np.integer], max_atoms: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of consecutive structures of at most `max_atoms` atoms in all, or of one larger structure."""
+    offsets, start = offsets_of(num_atoms), 0
+    while start < len(num_atoms):
+        stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + max_atoms, "right")) - 1)
+        yield start, stop
+        start = stop
 
 
 def _any(values: Mask) -> Mask:

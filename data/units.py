@@ -9,6 +9,5 @@ AVOGADRO_EV = 96485.33212331  # J/mol in one eV (Faraday constant)
 KCAL_MOL = 4184.0 / AVOGADRO_EV  # eV
 KJ_MOL = 1000.0 / AVOGADRO_EV  # eV
 HARTREE_BOHR = HARTREE / BOHR  # eV/angstrom
-DEBYE = 0.2081943427  # e angstrom
 GPA = 1e9 / 1.602176634e-19 * 1e-30  # eV/angstrom^3
 KBAR = GPA / 10  # eV/angstrom^3

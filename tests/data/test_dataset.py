@@ -21,10 +21,10 @@ from rung.data.manifest import Manifest, read_manifest, resolve_dataset
 from rung.data.pack import decode
 from rung.data.read import read_any
 from rung.data.report import dataset_report
-from rung.data.shard import ShardInfo, cut_packs, read_packs, write_shard
+from rung.data.shard import ShardInfo, read_packs, write_shard
 from rung.data.split import SplitFractions
 from rung.data.structure import Labels, Structure
-from rung.data.table import StructureTable
+from rung.data.table import StructureTable, cut_by_atoms
 from rung.data.verify import verify
 from rung.launch.cli import run_module
 
@@ -59,7 +59,7 @@ def by_key(structures: list[Structure]) -> dict[str, dict[str, Any]]:
 
 def write(structures: list[Structure], path: Path) -> ShardInfo:
     table = StructureTable.of(structures)
-    return write_shard((table.part(*rows) for rows in cut_packs(table.num_atoms, 60)), path, "train")
+    return write_shard((table.part(*rows) for rows in cut_by_atoms(table.num_atoms, 60)), path, "train")
 
 
 class TestSplit:

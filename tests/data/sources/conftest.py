@@ -15,6 +15,7 @@ from rung.data.read import read_dataset
 from rung.data.sources import source as limits
 from rung.data.sources.source import Source
 from rung.data.structure import Structure
+from rung.data.table import StructureTable
 from rung.data.verify import verify
 
 
@@ -28,6 +29,21 @@ def assert_same(one: dict[str, Structure], other: dict[str, Structure]) -> None:
     assert one.keys() == other.keys()
     for key, structure in one.items():
         np.testing.assert_equal(asdict(structure), asdict(other[key]))
+
+
+@pytest.fixture
+def read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, StructureTable]]:
+    """Read a file in parts and tables of at most `size`; return the number of parts and all structures."""
+
+    def read(source: Source, path: Path, size: int) -> tuple[int, StructureTable]:
+        monkeypatch.setattr(limits, "PART_STRUCTURES", size)
+        monkeypatch.setattr(limits, "TABLE_STRUCTURES", size)
+        parts = source.parts([path])
+        tables = [table for part in parts for table in source.read(part)]
+        assert max(map(len, tables)) <= size
+        return len(parts), StructureTable.concatenate(tables)
+
+    return read
 
 
 @pytest.fixture

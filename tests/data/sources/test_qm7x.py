@@ -10,7 +10,6 @@ import h5py
 import numpy as np
 import pytest
 
-from rung.data.sources import source as limits
 from rung.data.sources.qm7x import QM7X
 from rung.data.table import StructureTable
 
@@ -83,16 +82,11 @@ def test_levels_are_an_option(path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 6, 7, 100])
 def test_parts_and_tables_of_any_size_cover_the_file_once(
-    path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+    path: Path, size: int, read_in_pieces: Callable[..., tuple[int, StructureTable]]
 ) -> None:
     whole = read(path)
-    monkeypatch.setattr(limits, "PART_STRUCTURES", size)
-    monkeypatch.setattr(limits, "TABLE_STRUCTURES", size)
-    parts = QM7X().parts([path])
-    assert len(parts) == {1: 3, 6: 3, 7: 2, 100: 1}[size]
-    tables = [table for part in parts for table in QM7X().read(part)]
-    assert max(map(len, tables)) <= size
-    again = StructureTable.concatenate(tables)
+    num_parts, again = read_in_pieces(QM7X(), path, size)
+    assert num_parts == {1: 3, 6: 3, 7: 2, 100: 1}[size]
     assert again.keys.tolist() == whole.keys.tolist()
     np.testing.assert_array_equal(again.positions, whole.positions)
 

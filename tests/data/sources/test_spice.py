@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 import pytest
 
-from rung.data.sources import source as limits
 from rung.data.sources.spice import Spice, charge_of
 from rung.data.table import StructureTable
 
@@ -88,16 +87,11 @@ def test_units_signs_and_identity(path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 4, 5, 100])
 def test_parts_and_tables_of_any_size_cover_the_file_once(
-    path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+    path: Path, size: int, read_in_pieces: Callable[..., tuple[int, StructureTable]]
 ) -> None:
     whole = read(path)
-    monkeypatch.setattr(limits, "PART_STRUCTURES", size)
-    monkeypatch.setattr(limits, "TABLE_STRUCTURES", size)
-    parts = Spice().parts([path])
-    assert len(parts) == {1: 3, 4: 2, 5: 2, 100: 1}[size]
-    tables = [table for part in parts for table in Spice().read(part)]
-    assert max(map(len, tables)) <= max(size, 1)
-    again = StructureTable.concatenate(tables)
+    num_parts, again = read_in_pieces(Spice(), path, size)
+    assert num_parts == {1: 3, 4: 2, 5: 2, 100: 1}[size]
     assert again.keys.tolist() == whole.keys.tolist()
     np.testing.assert_array_equal(again.positions, whole.positions)
 

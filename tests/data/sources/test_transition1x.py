@@ -10,7 +10,6 @@ import h5py
 import numpy as np
 import pytest
 
-from rung.data.sources import source as limits
 from rung.data.sources.transition1x import Transition1x
 from rung.data.table import StructureTable
 
@@ -82,16 +81,11 @@ def test_a_file_of_splits_alone_gives_the_same_structures(path: Path, tmp_path: 
 
 @pytest.mark.parametrize("size", [1, 6, 9, 100])
 def test_parts_and_tables_of_any_size_cover_the_file_once(
-    path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+    path: Path, size: int, read_in_pieces: Callable[..., tuple[int, StructureTable]]
 ) -> None:
     whole = read(path)
-    monkeypatch.setattr(limits, "PART_STRUCTURES", size)
-    monkeypatch.setattr(limits, "TABLE_STRUCTURES", size)
-    parts = Transition1x().parts([path])
-    assert len(parts) == {1: 3, 6: 3, 9: 2, 100: 1}[size]
-    tables = [table for part in parts for table in Transition1x().read(part)]
-    assert max(map(len, tables)) <= size
-    again = StructureTable.concatenate(tables)
+    num_parts, again = read_in_pieces(Transition1x(), path, size)
+    assert num_parts == {1: 3, 6: 3, 9: 2, 100: 1}[size]
     assert again.keys.tolist() == whole.keys.tolist()
     np.testing.assert_array_equal(again.labels[f"forces.{LEVEL}"], whole.labels[f"forces.{LEVEL}"])
 
