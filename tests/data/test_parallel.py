@@ -267,7 +267,7 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("place", "left"),
         [
-            ("e.npz", {"part-000000.safetensors"}),
+            ("e.npz", {"part-00000?.safetensors"}),
             (f"{WORK_FOLDER}/part-000003.safetensors", {".part-000003.safetensors.partial"}),
             (f"{WORK_FOLDER}/train-000002.tar", {"part-000005.json", ".train-000002.tar.partial"}),
             (f"{WORK_FOLDER}/train-000002.json", {"train-000002.tar"}),
@@ -280,7 +280,7 @@ class TestBuild:
         command = ["build", *make_arrays(tmp_path), "--source", "arrays", "--shard-bytes", "6000", "-j", "2"]
         stopped = rung(*command, "--out", tmp_path / "out", plugins=plugins, trap=f"group:{place}")
         assert stopped.returncode == -signal.SIGKILL
-        assert {path.name for path in (tmp_path / "out" / WORK_FOLDER).iterdir()} >= left
+        assert all(list((tmp_path / "out" / WORK_FOLDER).glob(pattern)) for pattern in left)
         done = rung(*command, "--out", tmp_path / "out", plugins=plugins)
         assert done.returncode == 0, done.stderr
         whole = rung(*command[:-2], "--out", tmp_path / "whole", plugins=plugins)
