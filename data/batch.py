@@ -40,6 +40,7 @@ class Batch:
     charge: Tensor  # int64 [M]
     multiplicity: Tensor  # int64 [M]
     fidelity: Tensor  # int64 [M], row in the model's list of fidelities
+    task: Tensor  # int64 [M], which of the stream's mixed tasks it was drawn from
     receivers: Tensor  # int32 [E]
     senders: Tensor  # int32 [E]
     row_ptr: Tensor  # int32 [N + 1]
@@ -317,6 +318,7 @@ def _batch(samples: Samples, graph: Graph, fidelity_index: Mapping[str, int]) ->
         "charge": table.charge.astype(np.int64),
         "multiplicity": table.multiplicity.astype(np.int64),
         "fidelity": rows[samples.fidelity],
+        "task": samples.fidelity,
         **graph._asdict(),
         **{kind: table.label(f"{kind}.{DRAWN}") for kind in ("energy", "forces", "stress")},
         "energy_weight": samples.energy_weight,

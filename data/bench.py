@@ -128,7 +128,7 @@ def measure(source: str, structures: int, folder: Path) -> Iterator[Line]:
             taken = _take((batch for samples in stream for batch, _ in batcher.add(samples)), count)
         yield place | {"name": name} | _rates(taken, spent)
     loader = BatchLoader(
-        lambda rank, world: _stream(folder / source, fidelity, rank, world),
+        [lambda rank, world: _stream(folder / source, fidelity, rank, world)],
         {fidelity: 0},
         CUTOFF,
         BUDGET,

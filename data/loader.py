@@ -6,6 +6,7 @@ import atexit
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,43 +16,60 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from rung.data.batch import Batch, Batcher, Budget
 from rung.data.mixing import MixedStream
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 _SECONDS_TO_OUTLIVE = 20
 
-ConsumerState = dict[str, Any] | None  # state of one MixedStream; None before its first batch
+MakeStream = Callable[[int, int], MixedStream]  # (consumer, number of consumers) -> its stream, at the start
+ConsumerState = list[dict[str, Any] | None]  # state of each of its streams; None before the first batch
 
 
-class _Consumers(IterableDataset[tuple[Batch, ConsumerState]]):
-    """The consumers of one rank: a worker process plays one and yields each batch with the state after it."""
+def only(number: int) -> int:
+    """Take every batch from the first stream: the order of a loader that has one."""
+    return 0
+
+
+class _Consumers(IterableDataset[tuple[Batch, int, dict[str, Any]]]):
+    """The consumers of one rank: a worker process plays one and yields each batch, its stream and the state after it."""
 
     def __init__(
         self,
-        make_stream: Callable[[int, int], MixedStream],
+        make_streams: Sequence[MakeStream],
+        order: Callable[[int], int],
         batcher: Callable[[], Batcher],
         rank: int,
         world: int,
     ) -> None:
-        self._make_stream = make_stream
+        self._make_streams = make_streams
+        self._order = order
         self._batcher = batcher
         self._rank = rank
         self._world = world
         self.start: list[ConsumerState] = []  # where each consumer begins
-        self.next_consumer = 0  # the one that yields the first batch
+        self.batches = 0  # number of the first batch; batch n comes from consumer n % len(start)
 
-    def open(self, consumer: int) -> MixedStream:
-        """Return the stream of one consumer, at its start."""
+    def open(self, consumer: int, stream: int) -> MixedStream:
+        """Return one stream of one consumer, where it begins."""
         num_consumers = len(self.start)
-        stream = self._make_stream(self._rank * num_consumers + consumer, self._world * num_consumers)
-        saved = self.start[consumer]
+        opened = self._make_streams[stream](self._rank * num_consumers + consumer, self._world * num_consumers)
+        saved = self.start[consumer][stream]
         if saved is not None:
-            stream.load_state(saved)
-        return stream
+            opened.load_state(saved)
+        return opened
 
-    def __iter__(self) -> Iterator[tuple[Batch, ConsumerState]]:
+    def __iter__(self) -> Iterator[tuple[Batch, int, dict[str, Any]]]:
         worker = get_worker_info()
         # DataLoader always asks worker 0 first, so after a resume worker 0 plays the consumer whose turn it is.
-        offset = 0 if worker is None else worker.id
-        stream = self.open((self.next_consumer + offset) % len(self.start))
+        first = self.batches + (0 if worker is None else worker.id)
+        consumer = first % len(self.start)
+        streams: dict[int, Iterator[tuple[Batch, dict[str, Any]]]] = {}  # opened when their first batch is due
+        for number in count(first, len(self.start)):
+            index = self._order(number)
+            if index not in streams:
+                streams[index] = self._batches(self.open(consumer, index))
+            batch, state = next(streams[index])
+            yield batch, index, state
+
+    def _batches(self, stream: MixedStream) -> Iterator[tuple[Batch, dict[str, Any]]]:
         batcher = self._batcher()
         for samples in stream:
             for batch, used in batcher.add(samples):
@@ -59,22 +77,24 @@ class _Consumers(IterableDataset[tuple[Batch, ConsumerState]]):
 
 
 class BatchLoader:
-    """Endless iterator of Batch for one data-parallel rank.
+    """Endless iterator of Batch for one rank, from one stream or from several in a given order.
 
-    `make_stream(consumer, num_consumers)` opens the structures of one consumer; with `num_workers` > 0 every worker
-    process is a consumer of its own, else the rank is. `prefetch` batches per worker are made ahead. `cutoff` is in
-    angstrom. `pin_memory` puts batches into page-locked memory and needs a GPU.
+    `make_streams[i](consumer, num_consumers)` opens the i-th stream of one consumer; with `num_workers` > 0 every worker
+    process is a consumer of its own, else the rank is. `order(n)` says which stream the rank's n-th batch comes from (a
+    pure function: workers make batches ahead). `prefetch` batches per worker are made ahead. `cutoff` is in angstrom.
+    `pin_memory` puts batches into page-locked memory and needs a GPU.
 
     `state()` belongs to the batches handed out, whatever was made ahead; `load_state` continues with the very next one.
     """
 
     def __init__(
         self,
-        make_stream: Callable[[int, int], MixedStream],
+        make_streams: Sequence[MakeStream],
         fidelity_index: Mapping[str, int],
         cutoff: float,
         budget: Budget,
         *,
+        order: Callable[[int], int] = only,
         num_workers: int = 0,
         prefetch: int = 4,
         rank: int = 0,
@@ -85,14 +105,15 @@ class BatchLoader:
             raise ValueError(f"loader: expected num_workers >= 0 and prefetch >= 1, found {num_workers} and {prefetch}")
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("loader: pin_memory needs a GPU, and torch sees none; set pin_memory to false")
-        self._num_workers = num_workers
+        self.num_workers = num_workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory
-        self._consumers = _Consumers(make_stream, lambda: Batcher(fidelity_index, cutoff, budget), rank, world)
-        self._iterator: Iterator[tuple[Batch, ConsumerState]] | None = None
+        self._num_streams = len(make_streams)
+        self._consumers = _Consumers(make_streams, order, lambda: Batcher(fidelity_index, cutoff, budget), rank, world)
+        self._iterator: Iterator[tuple[Batch, int, dict[str, Any]]] | None = None
         self._states: list[ConsumerState] = []
-        self._next_consumer = 0
-        self._set([None] * max(1, num_workers), 0)
+        self._batches = 0
+        self._set(self._unbegun(), 0)
         atexit.register(_close, weakref.ref(self))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -102,59 +123,67 @@ class BatchLoader:
         if self._iterator is None:
             self._iterator = self._start()
         try:
-            batch, state = next(self._iterator)
+            batch, stream, state = next(self._iterator)
         except BaseException:
             self.close()  # a generator that has raised would say that there is nothing more
             raise
-        self._states[self._next_consumer] = state
-        self._next_consumer = (self._next_consumer + 1) % len(self._states)
+        self._states[self._batches % len(self._states)][stream] = state
+        self._batches += 1
         return batch
 
     def state(self) -> dict[str, Any]:
         """Return where the next batch begins: integers in dictionaries and lists, fit for JSON."""
         return {
             "version": STATE_VERSION,
-            "num_workers": self._num_workers,
-            "next_consumer": self._next_consumer,
-            "consumers": list(self._states),
+            "num_workers": self.num_workers,
+            "batches": self._batches,
+            "consumers": [list(states) for states in self._states],
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue at `state`; raises ValueError naming what differs when it was saved by another set-up."""
-        for name, expected in (("version", STATE_VERSION), ("num_workers", self._num_workers)):
+        for name, expected in (("version", STATE_VERSION), ("num_workers", self.num_workers)):
             if state.get(name) != expected:
                 raise ValueError(
                     f"loader state: {name}: expected {expected}, found {state.get(name)}; "
                     "resume with the set-up that it was saved with"
                 )
+        if found := [states for states in state["consumers"] if len(states) != self._num_streams]:
+            raise ValueError(f"loader state: expected {self._num_streams} stream(s), found {len(found[0])}")
         self.close()
-        before = list(self._states), self._next_consumer
-        self._set(state["consumers"], state["next_consumer"])
+        before = self._states, self._batches
+        self._set(state["consumers"], state["batches"])
         try:
-            for consumer in range(len(self._states)):
-                self._consumers.open(consumer)  # a state that does not fit is an error here, not later in a worker
+            for consumer, states in enumerate(self._states):
+                for stream, saved in enumerate(states):
+                    if saved is not None:
+                        self._consumers.open(consumer, stream)  # what does not fit is an error here, not in a worker
         except ValueError:
             self._set(*before)
             raise
 
-    def redeal(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def redeal(self, states: Sequence[Mapping[str, Any]], batches: int) -> None:
         """Continue with this rank's part of what another number of ranks or workers had left; `states` by rank.
 
-        No structure is seen twice in an epoch and none is left out, up to the latest epoch that a consumer had begun.
+        `batches` is the number of the next batch, which `order` is asked for. No structure is seen twice in an epoch
+        and none is left out, up to the latest epoch that a consumer had begun.
         Raises ValueError naming what differs when the states are of other data or another seed.
         """
         for state in states:
             if state.get("version") != STATE_VERSION:
                 raise ValueError(f"loader state: version: expected {STATE_VERSION}, found {state.get('version')}")
-        before = [consumer for state in states for consumer in state["consumers"]]
+        before: list[ConsumerState] = [consumer for state in states for consumer in state["consumers"]]
         self.close()
-        self._set([None] * len(self._states), 0)
-        dealt = []
-        for consumer in range(len(self._states)):
-            stream = self._consumers.open(consumer)
-            stream.redeal(before)
-            dealt.append(stream.state())
-        self._set(dealt, 0)
+        self._set(self._unbegun(), batches)
+        dealt = self._unbegun()
+        for stream in range(self._num_streams):
+            saved = [consumer[stream] for consumer in before]
+            if any(state is not None for state in saved):
+                for consumer in range(len(dealt)):
+                    opened = self._consumers.open(consumer, stream)
+                    opened.redeal(saved)
+                    dealt[consumer][stream] = opened.state()
+        self._set(dealt, batches)
 
     def close(self) -> None:
         """Stop the worker processes; the next batch starts them again where the loader stands."""
@@ -162,22 +191,27 @@ class BatchLoader:
             # Dropping the iterator is not enough: the traceback of an error that a worker sent keeps it alive.
             self._iterator._shutdown_workers()
         self._iterator = None
-        self._set(self._states, self._next_consumer)
+        self._set(self._states, self._batches)
 
-    def _set(self, states: Sequence[ConsumerState], next_consumer: int) -> None:
-        self._states = list(states)
-        self._next_consumer = next_consumer
-        self._consumers.start = list(states)
-        self._consumers.next_consumer = next_consumer
+    def _unbegun(self) -> list[ConsumerState]:
+        return [[None] * self._num_streams for _ in range(max(1, self.num_workers))]
 
-    def _start(self) -> Iterator[tuple[Batch, ConsumerState]]:
-        if self._num_workers == 0:
+    def _set(self, states: Sequence[ConsumerState], batches: int) -> None:
+        self._states = [list(streams) for streams in states]
+        self._batches = batches
+        self._consumers.start = [list(streams) for streams in states]
+        self._consumers.batches = batches
+
+    def _start(self) -> Iterator[tuple[Batch, int, dict[str, Any]]]:
+        if self.num_workers == 0:
             batches = iter(self._consumers)
-            return ((batch.pin_memory(), state) for batch, state in batches) if self._pin_memory else batches
+            if not self._pin_memory:
+                return batches
+            return ((batch.pin_memory(), stream, state) for batch, stream, state in batches)
         loader = DataLoader(
             self._consumers,
             batch_size=None,
-            num_workers=self._num_workers,
+            num_workers=self.num_workers,
             prefetch_factor=self._prefetch,
             collate_fn=_as_it_is,
             worker_init_fn=_outlive_the_step,

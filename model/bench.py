@@ -50,6 +50,7 @@ def workload(device: str) -> Batch:
         charge=torch.zeros(M, dtype=torch.int64),
         multiplicity=torch.ones(M, dtype=torch.int64),
         fidelity=torch.arange(M) % len(FIDELITIES),
+        task=torch.zeros(M, dtype=torch.int64),
         receivers=edges.receivers,
         senders=edges.senders,
         row_ptr=edges.row_ptr,

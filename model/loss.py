@@ -95,16 +95,29 @@ def total(terms: LossTerms, statistics: Tensor, config: LossConfig) -> Tensor:
     return config.energy_weight * energy + config.forces_weight * forces
 
 
+def penalties(residual: Tensor, config: LossConfig) -> list[Tensor]:
+    """Return each residual's penalty, in the residuals' shape; rmse_mae: squares and magnitudes."""
+    magnitude = residual.abs()
+    if config.kind == "rmse_mae":
+        return [residual.square(), magnitude]
+    if config.kind == "l2":
+        return [residual.square() / 2]
+    delta = config.huber_delta
+    return [torch.where(magnitude < delta, residual.square() / 2, delta * (magnitude - delta / 2))]
+
+
+def mean_loss(means: Tensor, config: LossConfig) -> Tensor:
+    """Return the loss of mean penalties [..., 2, S] (energies, forces): itself, its energy and its force part [..., 3].
+
+    Both parts are without their weights.
+    """
+    parts = means[..., 0].sqrt() + means[..., 1] if config.kind == "rmse_mae" else means[..., 0]
+    weights = parts.new_tensor([config.energy_weight, config.forces_weight])
+    return torch.cat([(parts * weights).sum(-1, keepdim=True), parts], dim=-1)
+
+
 def _penalties(residual: Tensor, absent: Tensor, weight: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Return the weighted sums [S] of the penalties of the labels that are there, and their number."""
     residual = residual.masked_fill(absent, 0)  # before any non-linear arithmetic: 0 * NaN in a gradient is NaN
-    magnitude = residual.abs()
-    if config.kind == "rmse_mae":
-        penalties = [residual.square(), magnitude]
-    elif config.kind == "l2":
-        penalties = [residual.square() / 2]
-    else:
-        delta = config.huber_delta
-        penalties = [torch.where(magnitude < delta, residual.square() / 2, delta * (magnitude - delta / 2))]
-    sums = torch.stack([(weight * penalty).sum() for penalty in penalties])
+    sums = torch.stack([(weight * penalty).sum() for penalty in penalties(residual, config)])
     return sums, (~absent).sum().to(sums.dtype)

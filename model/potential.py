@@ -20,6 +20,7 @@ from rung.model.config import ModelConfig
 from rung.model.fidelity import CONDITIONING
 from rung.model.geometry import edge_vectors, forces_from, stress_from
 from rung.model.layers import ElementGroups, Embedding, Interaction
+from rung.model.recompute import recompute_layer
 
 CHARGE_OFFSET = 128  # charges are int8 where they are stored
 
@@ -63,6 +64,10 @@ class Potential(nn.Module):
         self._register_rows("element_row", config.elements, size=MAX_ATOMIC_NUMBER + 1)
         self._register_rows("charge_row", [charge + CHARGE_OFFSET for charge in config.charges], size=256)
         self._register_rows("multiplicity_row", config.multiplicities, size=256)
+
+    # Whether the interaction layers' activations are computed again in backward passes instead of kept: a step with
+    # forces takes about half as much time again, for a fraction of its memory. A choice of the run, not of the model.
+    checkpoint_layers: bool = False
 
     element_row: Tensor  # int64 [119]: atomic number -> row
     charge_row: Tensor  # int64 [256]: charge + 128 -> row
@@ -220,7 +225,8 @@ class Potential(nn.Module):
         v_N3C: Tensor | None = None
         outputs = []
         for t, layer in enumerate(self.layers):
-            h_NC, v_N3C = layer(h_NC, v_N3C, elements, radial_ER, harmonics_EL, edges)
+            inputs = (h_NC, v_N3C, elements, radial_ER, harmonics_EL, edges)
+            h_NC, v_N3C = recompute_layer(layer, *inputs) if self.checkpoint_layers else layer(*inputs)
             h_NC, energy_N = self.conditioning(t, h_NC, batch.fidelity, batch.structure)
             outputs.append((h_NC, energy_N))
         return outputs

@@ -13,15 +13,15 @@ from rung.model.config import read_config, to_yaml
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.interrupt import EXIT_STOPPED
 
-EXIT_BAD_INPUT, EXIT_DIVERGED = 2, 3
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED = 1, 2, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `rung pretrain`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
-        "exit status: 0 finished, 2 bad input, 3 diverged, "
-        f"{EXIT_STOPPED} stopped by a signal or stop_at with the state saved (run again with --resume)\n"
+        "exit status: 0 finished, 1 failed (a rank is lost, a disk is full: try again with --resume), 2 bad input, "
+        f"3 diverged, {EXIT_STOPPED} stopped by a signal or stop_at with the state saved (run again with --resume)\n"
         "ranks: --ranks N starts N of them on this machine; deepspeed, torchrun and mpirun may start\n"
         "       `python -m rung.pretrain` themselves, on any number of machines"
     )
@@ -49,8 +49,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         return 0 if pretrain(config, resume=args.resume) else EXIT_STOPPED
     except FloatingPointError as error:
-        print(f"rung pretrain: error: {error}", file=sys.stderr)
-        return EXIT_DIVERGED
+        return _failed(error, EXIT_DIVERGED)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError):
+        raise
+    except OSError as error:  # a rank is lost or a disk is full: the same command with --resume may go on
+        return _failed(error, EXIT_FAILED)
+
+
+def _failed(error: Exception, status: int) -> int:
+    print(f"rung pretrain: error: {error}", file=sys.stderr)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parser.parse_intermixed_args(argv))
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        print(f"rung pretrain: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _failed(error, EXIT_BAD_INPUT)
 
 
 def _packaged() -> list[str]:

@@ -5,10 +5,10 @@ It rests on DeepSpeed 0.19.8; tests/pretrain/test_engine.py holds each of the re
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning and a search at import
 
 import deepspeed
+import deepspeed.comm
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 
@@ -27,14 +28,30 @@ from rung.data.batch import Batch
 from rung.pretrain.config import OptimizerConfig
 from rung.pretrain.launcher import free_port
 from rung.pretrain.optimizer import make_optimizer
+from rung.pretrain.partition import resplit
 from rung.pretrain.ranks import Ranks
-from rung.pretrain.step import StepModule, StepTotals, read_common
+from rung.pretrain.reptile import SHARED
+from rung.pretrain.soap import Soap
+from rung.pretrain.step import NAMES, TASK_NAMES, StepModule
 
 LAUNCHER_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+# DeepSpeed's collectives: the argument whose bytes are counted (the whole of what is reduced or gathered), and where it
+# and the group are when they come without their names.
+COLLECTIVES = {
+    "all_reduce": ("tensor", 0, 2),
+    "reduce": ("tensor", 0, 3),
+    "broadcast": ("tensor", 0, 2),
+    "reduce_scatter_tensor": ("input_tensor", 1, 3),
+    "all_gather_into_tensor": ("output_tensor", 0, 2),
+}
+_LOSS, _NORM, _STEPS, _SKIPPED = (NAMES.index(name) for name in ("loss", "grad_norm", "steps", "skipped"))
 
 
-def connect(timeout: timedelta) -> Ranks:
-    """Join the ranks of this run, whatever launched them: deepspeed, torchrun, mpirun, or nothing (one process)."""
+def connect(timeout: timedelta, groups: Callable[[int], int] = lambda size: 1) -> Ranks:
+    """Join the ranks of this run, whatever launched them: deepspeed, torchrun, mpirun, or nothing (one process).
+
+    `groups` says into how many task groups so many ranks divide.
+    """
     # DeepSpeed asks this table which of its ops it may compile. On the CPU it would compile deepspeed_shm_comm here,
     # which only its inference uses: that needs a compiler, and a job killed meanwhile leaves a lock on which every
     # later run hangs. Setting the table also spares filling it, which tries the compiler on every op.
@@ -51,7 +68,7 @@ def connect(timeout: timedelta) -> Ranks:
     else:
         device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
         accelerator.set_device(device.index)
-    return Ranks(device, timeout)
+    return Ranks(device, timeout, groups(torch.distributed.get_world_size()))
 
 
 def disconnect() -> None:
@@ -68,77 +85,235 @@ def _local_ranks() -> int:
 
 
 class Engine:
-    """A `StepModule` with its optimizer, stepped by DeepSpeed over all ranks."""
+    """A `StepModule` with its optimizer, stepped by DeepSpeed over the ranks of a task group.
+
+    In ZeRO stage 0 the masters are the parameters, whole on every rank; in stages 1 and 2 every data rank has one
+    partition of them, float32, which DeepSpeed steps.
+    """
 
     def __init__(self, module: StepModule, config: OptimizerConfig, settings: Mapping[str, Any], ranks: Ranks) -> None:
         """Wrap the module; `settings` is DeepSpeed's dictionary (plan.deepspeed_settings)."""
         self.ranks = ranks
         self._config = config
+        self.partitioned = config.zero_stage > 0
         unshared = [parameter for _, parameter in module.potential.fidelity_parameters()]
-        self._optimizer = make_optimizer(module, unshared, config)
+        self._optimizer = make_optimizer(
+            module, unshared, config, rank=ranks.data_rank, world=ranks.world.data_ranks, exchange=ranks.share_
+        )
         self._module = module
-        self._dtype = next(module.parameters()).dtype
+        first = next(module.parameters())
+        self._dtype = first.dtype
+        self._counted_always = torch.zeros_like(self.zero_totals(), dtype=torch.bool)
+        self._counted_always[_SKIPPED + 1 : len(NAMES)] = True  # sizes, and whether to stop
+        self._purpose = "start"  # of DeepSpeed's collectives, for the count
         self._engine, self._wrapper, _, _ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=dict(settings), mpu=ranks
         )
+        self._count_collectives()
+        self._purpose = "inner"
+        self._inner_states: dict[str, Any] = {"": self._optimizer.state}
+        self._inner_state = ""
 
-    def step(self, batch: Batch, learning_rate: float, *, stop: bool = False) -> StepTotals:
-        """Take one optimizer step on this rank's batch together with the other ranks' and return their common totals.
+    # Inner steps
 
-        When the loss or the gradient is not finite, no rank changes its weights and the step counts as skipped.
-        `stop` tells the other ranks, through the totals, that this one was asked to stop.
+    def zero_totals(self) -> Tensor:
+        """Return a vector of totals of no steps."""
+        size = len(NAMES) + len(TASK_NAMES) * self._module.num_tasks
+        return torch.zeros(size, dtype=torch.float64, device=self.ranks.device)
+
+    def step(self, batches: Sequence[Batch], learning_rate: float, *, stop: bool = False) -> Tensor:
+        """Take one optimizer step on this rank's batches together with the group's; return the group's totals.
+
+        The loss is the mean over the batches, each normalised by the labels of all the group's ranks. When a loss or
+        the gradient is not finite, no rank of the group changes its weights and the step counts as skipped. `stop`
+        tells the other ranks, through the totals, that this one was asked to stop.
+        Except with ZeRO, whose own checks do, nothing waits for the device.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        loss, common = self._engine(batch.to(self.ranks.device, self._dtype), stop)
-        totals = read_common(common, self._module.loss)
-        if not math.isfinite(totals.loss):
-            return _skipped(totals)
-        self._engine.backward(loss)
-        if self._config.zero_stage > 0:
-            self._engine.step()  # ZeRO's optimizer finds a gradient that is not finite by itself, and skips
-            norm = float(self._engine.get_global_grad_norm())
-        else:
-            norm = float(
-                torch.nn.utils.get_total_norm([p.grad for p in self._module.parameters() if p.grad is not None])
-            )
-            if math.isfinite(norm):
-                self._engine.step()
-            else:
-                self._engine.zero_grad()
-        return replace(totals, grad_norm=norm, steps=1) if math.isfinite(norm) else _skipped(totals)
+        totals = self.zero_totals()
+        for number, batch in enumerate(batches):
+            loss, common = self._engine(batch.to(self.ranks.device, self._dtype), stop)
+            totals += common
+            self._engine.backward(loss)
+            if number + 1 < len(batches):
+                self._engine.step()  # not at the end of an accumulation: DeepSpeed only counts
+        totals[: _LOSS + 3] /= len(batches)
+        totals[_NORM] = norm = self._update()
+        done = norm.isfinite()
+        totals = torch.where(done | self._counted_always, totals, torch.zeros_like(totals))
+        totals[_STEPS], totals[_SKIPPED] = done, ~done
+        return totals
 
-    def owned(self) -> list[bool]:
-        """Return, for each of `parameters()`, whether it is stacked: one row per fidelity."""
-        stacked = {id(parameter) for _, parameter in self._module.potential.fidelity_parameters()}
-        return [id(parameter) in stacked for parameter in self._module.parameters()]
+    def _update(self) -> Tensor:
+        """Clip the gradient and let DeepSpeed step; return the gradient's norm, a scalar that may not be finite."""
+        if self.partitioned:
+            self._engine.step()  # ZeRO's optimizer finds a gradient that is not finite by itself, and skips
+            return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float64, device=self.ranks.device)
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._config.gradient_clipping > 0:
+            torch.nn.utils.clip_grads_with_norm_(
+                self._module.parameters(), self._config.gradient_clipping, norm, foreach=True
+            )
+        self._optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self._engine.step()
+        return norm.double()
+
+    # Weights
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters, whole on every rank in every ZeRO stage; float32 masters and these are equal."""
         return [parameter.data for parameter in self._module.parameters()]
 
     @torch.no_grad()
-    def write_parameters(self, values: list[Tensor]) -> None:
+    def write_parameters(self, values: Sequence[Tensor]) -> None:
         """Overwrite the parameters, the same on every rank, and the partitioned masters that ZeRO steps from."""
         for parameter, value in zip(self._module.parameters(), values, strict=True):
             parameter.copy_(value)
-        if self._config.zero_stage > 0:
+        if self.partitioned:
             self._wrapper.refresh_fp32_params()  # without it the next step silently starts from the old weights
 
-    @property
-    def optimizer_part(self) -> int:
-        """The number of the part of the optimizer state that this rank has: its own partition, or the one whole."""
-        return self.ranks.rank if self._config.zero_stage > 0 else 0
+    def masters(self) -> Tensor:
+        """Return this rank's masters as one flat copy [P]."""
+        return torch.cat([master.detach().flatten() for master in self._masters()])
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """Return this rank's optimizer state: with ZeRO its partition, otherwise the whole."""
-        return self._optimizer.state_dict()
+    @torch.no_grad()
+    def write_masters(self, values: Tensor) -> None:
+        """Overwrite this rank's masters and, with ZeRO, the whole parameters from all data ranks' masters."""
+        masters = self._masters()
+        for master, value in zip(masters, torch.split(values, self.partition_sizes()), strict=True):
+            master.copy_(value.view_as(master))
+        if self.partitioned:
+            with self._counted_as("outer"):
+                self._wrapper.update_lp_params()
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Take over what `optimizer_state` returned on the same rank of an equally large world."""
-        self._optimizer.load_state_dict(state)
+    def master_rows(self) -> Tensor:
+        """Return which fidelity's row each of `masters()` belongs to, or `SHARED`; int64 [P]."""
+        stacked = {id(parameter) for _, parameter in self._module.potential.fidelity_parameters()}
+        rows = []
+        for parameter in self._module.parameters():
+            if id(parameter) in stacked:
+                numbers = torch.arange(len(parameter), device=parameter.device, dtype=parameter.dtype)
+                rows.append(numbers.view(-1, *[1] * (parameter.dim() - 1)).expand_as(parameter))
+            else:
+                rows.append(torch.full_like(parameter, SHARED))
+        if not self.partitioned:
+            return torch.cat([row.flatten() for row in rows]).long()
+        # How ZeRO orders, pads and cuts the parameters is its own business: send the rows the same way.
+        weights = [parameter.clone() for parameter in self.parameters()]
+        self.write_parameters(rows)
+        found = self.masters().long()
+        self.write_parameters(weights)
+        return found
 
+    def partition_sizes(self) -> list[int]:
+        """Return the number of elements of each of this rank's masters."""
+        return [master.numel() for master in self._masters()]
 
-def _skipped(totals: StepTotals) -> StepTotals:
-    """Return the totals of a step that changed nothing: its loss is left out of the means."""
-    return replace(totals, loss=0.0, energy_loss=0.0, forces_loss=0.0, grad_norm=0.0, steps=0, skipped=1)
+    def repartition(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Return this rank's part of a vector like `masters()` that other ranks had in parts, by data rank.
+
+        `sizes` are the `partition_sizes()` of each of them. Without ZeRO there is one part, and it is whole.
+        """
+        if not self.partitioned:
+            return parts[0]
+        pieces = [torch.split(part, list(sizes)) for part in parts]
+        return torch.cat([self._resplit([piece[group] for piece in pieces], group) for group in range(len(sizes))])
+
+    def _resplit(self, parts: Sequence[Tensor], group: int) -> Tensor:
+        """Return this rank's partition of one of ZeRO's parameter groups from another world's partitions of it."""
+        size = sum(parameter.numel() for parameter in self._wrapper.bit16_groups[group])
+        length = self._masters()[group].numel()
+        return resplit(parts, size, self.ranks.data_rank, self.ranks.world.data_ranks, length)
+
+    def _masters(self) -> list[Tensor]:
+        return list(self._wrapper.single_partition_of_fp32_groups) if self.partitioned else self.parameters()
+
+    # The inner optimizer's state
+
+    def use_inner_state(self, name: str | None) -> None:
+        """Go on with the optimizer state of this name, empty at first; None: with an empty one that has no name."""
+        if name is None:
+            self._inner_states, name = {}, ""
+        elif name == self._inner_state:
+            return
+        self._inner_state = name
+        self._optimizer.state = self._inner_states.setdefault(name, defaultdict(dict))
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return this rank's share of the optimizer's state, named; the shares of a group's ranks are all of it."""
+        state: dict[str, Tensor] = {}
+        for name, tensors in self._each_inner_state():
+            state |= {f"{name}/{key}": value for key, value in tensors.items()}
+        return state
+
+    def load_optimizer_state(self, shares: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take over a group's optimizer state: the shares of all its ranks, however many there were."""
+        names = dict.fromkeys(key.split("/", 1)[0] for share in shares for key in share)
+        for name in names:
+            self.use_inner_state(name)
+            self._load_shares(
+                [{k.split("/", 1)[1]: v for k, v in share.items() if k.startswith(f"{name}/")} for share in shares]
+            )
+
+    def _each_inner_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        current = self._inner_state
+        for name in list(self._inner_states):
+            self.use_inner_state(name)
+            yield name, self._share()
+        self.use_inner_state(current)
+
+    def _share(self) -> dict[str, Tensor]:
+        if isinstance(self._optimizer, Soap):
+            return self._optimizer.share()
+        if not self.partitioned and self.ranks.data_rank > 0:
+            return {}  # every rank has the same whole state
+        return {
+            f"{index}.{name}": torch.as_tensor(value)
+            for index, parameter in enumerate(self._stepped())
+            for name, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def _load_shares(self, shares: Sequence[Mapping[str, Tensor]]) -> None:
+        if isinstance(self._optimizer, Soap):
+            self._optimizer.load_shares(shares)
+            return
+        for index, parameter in enumerate(self._stepped()):
+            for key in [key for key in shares[0] if key.split(".", 1)[0] == str(index)]:
+                parts = [share[key] for share in shares if key in share]
+                value = self._resplit(parts, index) if self.partitioned and parts[0].dim() > 0 else parts[0]
+                self._optimizer.state[parameter][key.split(".", 1)[1]] = value.to(parameter.device)
+
+    def _stepped(self) -> list[Tensor]:
+        """Return the tensors that the optimizer steps: parameters, or with ZeRO this rank's partitions of them."""
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    # Counting
+
+    def _count_collectives(self) -> None:
+        """Let DeepSpeed's collectives tell `ranks.traffic`; the backend object is the one place they all go through."""
+        backend = deepspeed.comm.comm.cdb
+        for name in COLLECTIVES:
+            setattr(backend, name, self._counted(name, getattr(type(backend), name).__get__(backend)))
+
+    def _counted(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        argument, place, group_place = COLLECTIVES[name]
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            group = args[group_place] if len(args) > group_place else kwargs.get("group")
+            if torch.distributed.get_world_size(group) == 1:
+                return collective(*args, **kwargs)
+            tensor = args[place] if len(args) > place else kwargs[argument]
+            with self.ranks.traffic.collective(self._purpose, tensor.nbytes):
+                return collective(*args, **kwargs)
+
+        return counted
+
+    @contextmanager
+    def _counted_as(self, purpose: str) -> Iterator[None]:
+        before, self._purpose = self._purpose, purpose
+        try:
+            yield
+        finally:
+            self._purpose = before

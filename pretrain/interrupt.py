@@ -1,4 +1,4 @@
-"""A polite stop: SIGINT and SIGTERM let the running round finish."""
+"""A polite stop: SIGINT, SIGTERM and SIGUSR1 (Slurm's notice before a preemption) let the running rounds finish."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # EX_TEMPFAIL of sysexits.h: the run is not finished and its state is saved; start it again with --resume.
 EXIT_STOPPED = 75
 
 
 class Interrupt:
-    """Context manager that notes SIGINT and SIGTERM in `requested`, and restores the old handlers at its end.
+    """Context manager that notes `SIGNALS` in `requested`, and restores the old handlers at its end.
 
     Repeated signals change nothing, because launchers pass one Ctrl-C on several times; SIGQUIT ends a process at once.
     """
@@ -20,7 +21,7 @@ class Interrupt:
         self.requested = False
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(

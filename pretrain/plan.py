@@ -14,15 +14,18 @@ from rung.data.shard import file_sha256
 from rung.model.config import ModelConfig, config_from_mapping, to_mapping
 from rung.model.potential import Potential
 from rung.pretrain.config import OptimizerConfig, PretrainConfig
+from rung.pretrain.schedule import assign_tasks
+from rung.pretrain.world import World, choose_groups
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The derived numbers of one run on `world` ranks."""
+    """The derived numbers of one run."""
 
-    world: int
+    world: World
     tasks: tuple[Task, ...]
     task_names: tuple[str, ...]  # dataset name/fidelity
+    outer_weights: tuple[float, ...]
     counts: tuple[int, ...]  # labelled training structures of each task
     model: ModelConfig
     fidelities: dict[str, Fidelity]
@@ -38,13 +41,40 @@ class Plan:
         """Optimizer steps of the whole run: the config's, rounded up to whole rounds."""
         return self.rounds * self.steps_per_round
 
+    def assigned(self, config: PretrainConfig, outer: int) -> tuple[tuple[int, ...], ...]:
+        """Return the tasks of each group in outer step `outer`."""
+        weights = tuple(task.weight for task in self.tasks)
+        return assign_tasks(config.seed, outer, weights, config.reptile.tasks_per_outer, self.world.groups)
+
+    def outer_task(self, task: int) -> tuple[int, float]:
+        """Return a task's fidelity (row) and its weight in an outer step."""
+        return self.fidelity_index[self.tasks[task].fidelity], self.outer_weights[task]
+
     @property
     def fidelity_index(self) -> dict[str, int]:
         return {name: row for row, name in enumerate(self.model.fidelities)}
 
 
-def make_plan(config: PretrainConfig, world: int) -> Plan:
-    """Derive the plan from the config and the manifests; raise ValueError for what the datasets do not have."""
+def task_groups(config: PretrainConfig, size: int) -> int:
+    """Return the number of task groups of `size` ranks; raise ValueError when the config's does not fit."""
+    if config.world.size not in (None, size):
+        raise ValueError(
+            f"world.size: expected {config.world.size} rank(s), found {size}; has every node started, and do the "
+            "launcher and this Python use the same MPI?"
+        )
+    if config.mode == "joint":
+        return 1
+    groups = choose_groups(size, config.reptile.tasks_per_outer, config.world.groups)
+    if config.reptile.overlap and groups == 1:
+        raise ValueError("reptile.overlap: one task group exchanges nothing; set it to false, or use more ranks")
+    return groups
+
+
+def make_plan(config: PretrainConfig, size: int) -> Plan:
+    """Derive the plan for `size` ranks from the config and the manifests.
+
+    Raises ValueError for what the datasets do not have, and for ranks that cannot be arranged as asked.
+    """
     names = [task.dataset for task in config.tasks]
     manifests = {name: read_manifest(name) for name in dict.fromkeys(names)}
     entries = [manifests[task.dataset].entry(task.fidelity) for task in config.tasks]
@@ -66,9 +96,10 @@ def make_plan(config: PretrainConfig, world: int) -> Plan:
     steps_per_round = config.reptile.inner_steps * config.reptile.tasks_per_outer if reptile else 1
     tasks = tuple(replace(task, weight=weight) for task, weight in zip(plain, weights, strict=True))
     return Plan(
-        world=world,
+        world=World(size, task_groups(config, size)),
         tasks=tasks,
         task_names=task_names,
+        outer_weights=tuple(task.outer_weight for task in config.tasks),
         counts=tuple(counts),
         model=_model_config(config, list(manifests.values())),
         fidelities={task.fidelity: entry.descriptor for task, entry in zip(tasks, entries, strict=True)},
@@ -77,20 +108,21 @@ def make_plan(config: PretrainConfig, world: int) -> Plan:
         steps_per_round=steps_per_round,
         rounds=math.ceil(config.steps / steps_per_round),
         datasets=tuple(_describe_dataset(name, manifest) for name, manifest in manifests.items()),
-        deepspeed=deepspeed_settings(config.optimizer),
+        deepspeed=deepspeed_settings(config.optimizer, config.data.micro_batches),
     )
 
 
-def deepspeed_settings(config: OptimizerConfig) -> dict[str, Any]:
+def deepspeed_settings(config: OptimizerConfig, micro_batches: int = 1) -> dict[str, Any]:
     """Return DeepSpeed's dictionary.
 
     Batches are ours, so the batch size is a formality. Clipping is always named, because DeepSpeed clips at 1.0
-    without the key. overlap_comm would reduce gradients in the order of arrival, which may differ between ranks.
+    without the key; without ZeRO the engine clips, so that the norm is computed once. overlap_comm would reduce
+    gradients in the order of arrival, which may differ between ranks.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.gradient_clipping,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
@@ -111,7 +143,9 @@ def describe(plan: Plan, config: PretrainConfig) -> str:
     budget = config.data
     lines = [
         f"mode {config.mode}: {plan.steps} optimizer steps in {plan.rounds} rounds of {plan.steps_per_round}, "
-        f"{plan.world} rank(s), batches of at most {budget.max_atoms} atoms and {budget.max_edges} edges per rank",
+        f"{plan.world.size} rank(s) in {plan.world.groups} task group(s) of {plan.world.data_ranks}, "
+        f"{budget.micro_batches} batch(es) per rank and step of at most {budget.max_atoms} atoms and "
+        f"{budget.max_edges} edges",
         *(
             f"task {name}: {count} labelled structures, share {task.weight:.3f}"
             for name, count, task in zip(plan.task_names, plan.counts, plan.tasks, strict=True)

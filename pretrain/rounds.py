@@ -1,95 +1,157 @@
 """The two ways to train, as rounds: between two rounds the weights are one set phi, the same on every rank.
 
-joint     one round is one step on a batch that mixes the tasks by weight.
-reptile   one round is one outer step: k inner steps on each of the drawn tasks, then the outer update.
+joint     one round is one step on batches that mix the tasks by weight.
+reptile   one round is one outer step: every group takes k inner steps on each of its tasks, then the outer update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from rung.data.batch import Batch, Budget
-from rung.data.loader import BatchLoader
-from rung.data.mixing import MixedStream, Task, open_tasks
+from rung.data.loader import BatchLoader, MakeStream
+from rung.data.mixing import MixedStream, open_tasks
 from rung.model.config import ModelConfig
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.engine import Engine
 from rung.pretrain.plan import Plan
-from rung.pretrain.reptile import OuterUpdate
-from rung.pretrain.schedule import draw_tasks, learning_rate
-from rung.pretrain.step import StepTotals
+from rung.pretrain.reptile import Outer
+from rung.pretrain.schedule import learning_rate
+from rung.pretrain.stopwatch import Stopwatch
 
 
 class Rounds(Protocol):
     """What the loop needs to know about a mode."""
 
-    loaders: list[BatchLoader]
+    loader: BatchLoader
+    data_wait: Stopwatch  # time spent waiting for batches
+    batches_per_round: int  # that one rank takes
 
-    def run(self, index: int, stop: bool) -> StepTotals:
-        """Do round `index`; `stop` says that this rank was asked to stop, which the totals of every rank then tell."""
+    def run(self, index: int, stop: bool) -> Tensor:
+        """Do round `index` and return the vector of its totals over the task group (see `step.NAMES`).
+
+        `stop` says that this rank was asked to stop, which the totals tell.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the next round needs beside weights, inner optimizer and loader."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned, and the engine's present weights."""
 
 
 class Joint:
     """Multi-fidelity training: every batch mixes the tasks."""
 
     def __init__(self, engine: Engine, plan: Plan, config: PretrainConfig) -> None:
-        self.loaders = [_loader(plan.tasks, engine, plan, config)]
+        self.batches_per_round = config.data.micro_batches
+        self.data_wait = Stopwatch()
+        self.loader = make_loader(engine, plan, config)
         self._engine, self._plan, self._config = engine, plan, config
 
-    def run(self, index: int, stop: bool) -> StepTotals:
+    def run(self, index: int, stop: bool) -> Tensor:
         """See `Rounds`."""
         rate = learning_rate(index, self._plan.steps, self._config.optimizer)
-        return self._engine.step(_next(self.loaders[0], self._plan.model), rate, stop=stop)
+        with self.data_wait:
+            batches = [_next(self.loader, self._plan.model) for _ in range(self.batches_per_round)]
+        return self._engine.step(batches, rate, stop=stop)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Rounds`."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `Rounds`."""
 
 
 class Reptile:
-    """Serial Reptile: all ranks work on one task at a time, as data-parallel ranks."""
+    """Meta-learning: groups of ranks train on tasks of their own; with one group the tasks follow one another."""
 
     def __init__(self, engine: Engine, plan: Plan, config: PretrainConfig) -> None:
-        self.loaders = [_loader([task], engine, plan, config) for task in plan.tasks]
+        self.data_wait = Stopwatch()
+        self.loader = make_loader(engine, plan, config)
+        self.batches_per_round = _group_tasks(plan, config) * config.reptile.inner_steps * config.data.micro_batches
         self._engine, self._plan, self._config = engine, plan, config
-        self._owned = engine.owned()
+        self._outer = Outer(
+            engine.masters(), engine.master_rows(), config.reptile, engine.ranks.exchange_, plan.world.groups
+        )
 
-    def run(self, index: int, stop: bool) -> StepTotals:
+    def run(self, index: int, stop: bool) -> Tensor:
         """See `Rounds`."""
         engine, plan, reptile = self._engine, self._plan, self._config.reptile
-        step = index * plan.steps_per_round
-        weights = [task.weight for task in plan.tasks]
-        outer = OuterUpdate(engine.parameters(), self._owned)
-        totals = StepTotals()
-        for task in draw_tasks(self._config.seed, index, weights, reptile.tasks_per_outer):
-            engine.write_parameters(outer.start)
-            for _ in range(reptile.inner_steps):
+        groups = plan.assigned(self._config, index)
+        totals = engine.zero_totals()
+        for task in groups[engine.ranks.group]:
+            engine.write_masters(self._outer.phi)
+            engine.use_inner_state({"group": "", "task": f"task{task}", "reset": None}[reptile.inner_state])
+            for inner in range(reptile.inner_steps):
+                # Counted as if the tasks ran side by side, so that the rate does not depend on the number of groups.
+                step = index * plan.steps_per_round + inner * reptile.tasks_per_outer
                 rate = learning_rate(step, plan.steps, self._config.optimizer)
-                totals += engine.step(_next(self.loaders[task], plan.model), rate, stop=stop)
-                step += 1
-            outer.add(engine.parameters(), plan.fidelity_index[plan.tasks[task].fidelity])
-        engine.write_parameters(outer.result(reptile.outer_rate))
+                totals += engine.step(self._batches(task), rate, stop=stop)
+            self._outer.add(engine.masters(), plan.outer_task(task))
+        tasks = [plan.outer_task(task) for group in groups for task in group]
+        with engine.ranks.traffic.waiting("outer"):
+            self._outer.finish(tasks, last=index == plan.rounds - 1)
+        engine.write_masters(self._outer.phi)
         return totals
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Rounds`."""
+        return self._outer.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `Rounds`."""
+        self._outer.load_state(self._engine.masters(), state)
+
+    def _batches(self, task: int) -> list[Batch]:
+        """Return one step's batches, whose only task is this one."""
+        with self.data_wait:
+            batches = [_next(self.loader, self._plan.model) for _ in range(self._config.data.micro_batches)]
+        return [replace(batch, task=torch.full_like(batch.task, task)) for batch in batches]
 
 
 MODES: Mapping[str, type[Joint] | type[Reptile]] = {"joint": Joint, "reptile": Reptile}
 
 
-def _loader(tasks: Sequence[Task], engine: Engine, plan: Plan, config: PretrainConfig) -> BatchLoader:
-    """Return this rank's batches of these tasks, mixed by their weights."""
-    data, ranks = config.data, engine.ranks
+def _group_tasks(plan: Plan, config: PretrainConfig) -> int:
+    """Return how many tasks a group trains on in one outer step."""
+    return config.reptile.tasks_per_outer // plan.world.groups
 
-    def make_stream(consumer: int, num_consumers: int) -> MixedStream:
-        return open_tasks(tasks, seed=config.seed, rank=consumer, world=num_consumers, max_bad=data.max_bad)
+
+def make_loader(engine: Engine, plan: Plan, config: PretrainConfig) -> BatchLoader:
+    """Return this rank's batches: of the tasks mixed by weight (joint), or of each round's tasks in turn (reptile).
+
+    Every rank, whatever its group, reads its own share of every task's structures.
+    """
+    data, ranks = config.data, engine.ranks
+    mixes = [plan.tasks] if config.mode == "joint" else [(task,) for task in plan.tasks]
+
+    def maker(index: int) -> MakeStream:
+        def make_stream(consumer: int, num_consumers: int) -> MixedStream:
+            return open_tasks(mixes[index], seed=config.seed, rank=consumer, world=num_consumers, max_bad=data.max_bad)
+
+        return make_stream
+
+    def task_of(batch: int) -> int:
+        outer, rest = divmod(batch // data.micro_batches, _group_tasks(plan, config) * config.reptile.inner_steps)
+        return plan.assigned(config, outer)[ranks.group][rest // config.reptile.inner_steps]
 
     return BatchLoader(
-        make_stream,
+        [maker(index) for index in range(len(mixes))],
         plan.fidelity_index,
         plan.model.cutoff,
         Budget(data.max_atoms, data.max_edges),
+        **({} if config.mode == "joint" else {"order": task_of}),
         num_workers=data.num_workers,
         prefetch=data.prefetch,
         rank=ranks.rank,
-        world=ranks.world,
+        world=ranks.world.size,
         pin_memory=ranks.device.type == "cuda",
     )
 

@@ -1,41 +1,37 @@
-"""Training state: everything a stopped run needs to go on as if it had never stopped, on the same number of ranks.
+"""What a training state holds: everything that a stopped run needs to go on as if it had never stopped.
 
-    <output>/state/latest                  name of the newest whole state; moved last
-    <output>/state/step_000000123/
-        state.json                         version, world, step, updates of the average, skipped steps, config, datasets
-        model.safetensors                  weights; ema.safetensors: their averages
-        rank_0000.json                     every loader's position on that rank
-        optimizer_0000.pt                  optimizer state: one file, or with ZeRO one partition per rank
-        rng_0000.safetensors               torch's random generator
-        SHA256SUMS
+    model.safetensors        weights (between rounds all ranks have the same); ema.safetensors: their averages
+    rank_00000.safetensors   that rank's share of the optimizer's and the outer step's state, torch's random generator
+    rank_00000.json          where that rank's loader stands
+    state.json               version, world, step, updates of the average, skipped steps, best criterion, config
 
-A folder is written beside and moved when it is whole. The optimizer's file is torch's own format, read with
-weights_only=True, which executes nothing.
+`store.py` keeps such states. With as many ranks and groups as before, a run goes on bit for bit. With others, the
+optimizer's state is dealt again by parameters or partitions, and what is left of the streams' epochs by structures.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rung.data.loader import BatchLoader
-from rung.data.shard import file_sha256
 from rung.pretrain.ema import Ema
 from rung.pretrain.engine import Engine
+from rung.pretrain.rounds import Rounds
+from rung.pretrain.state_folder import state_document, state_tensors
+from rung.pretrain.store import Snapshot, to_host
+from rung.pretrain.world import World
 
-STATE_VERSION = 1
-DIGESTS = "SHA256SUMS"
-# Config fields that may change between a stop and a resume: none of them changes what is computed.
-FREE_FIELDS = ("log_every", "save_every", "keep_states", "stop_at", "timeout_minutes", "evaluation", "output")
+# What may change between a stop and a resume: none of it changes what is computed, but for the order of batches.
+FREE_FIELDS = (
+    "activation_checkpointing", "data.num_workers", "data.prefetch", "data.remote", "evaluation", "keep_states",
+    "log_every", "output", "save_every", "stop_at", "wandb", "world",
+)  # fmt: skip
 
 
 @dataclass
@@ -44,134 +40,126 @@ class TrainingState:
 
     engine: Engine
     ema: Ema
-    loaders: Sequence[BatchLoader]
+    rounds: Rounds
     config: Mapping[str, Any]  # the resolved config and the datasets' digests, plain values
+    steps_per_round: int
     step: int = 0
     skipped: int = 0
+    best: float | None = None  # the lowest criterion of an evaluation so far
 
+    def snapshot(self) -> Snapshot:
+        """Return this rank's part of the state, copied to the host."""
+        ranks = self.engine.ranks
+        tensors = {f"optimizer/{name}": tensor for name, tensor in self.engine.optimizer_state().items()}
+        if self.engine.partitioned or ranks.data_rank == 0:
+            tensors |= {f"outer/{name}": tensor for name, tensor in self.rounds.state().items()}
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if ranks.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(ranks.device)
+        files = {_tensor_file(ranks.rank): to_host(tensors)}
+        if ranks.rank == 0:
+            named = dict(self.ema.module.named_parameters())
+            files["model.safetensors"] = to_host({name: parameter.detach() for name, parameter in named.items()})
+            files["ema.safetensors"] = to_host(self.ema.averages)
+        return Snapshot(files, {_loader_file(ranks.rank): self.rounds.loader.state()})
 
-def save_state(folder: Path, state: TrainingState, keep: int) -> Path:
-    """Write the state of every rank into `folder` and return its place; all ranks call it. The `keep` newest stay."""
-    ranks = state.engine.ranks
-    name = f"step_{state.step:09d}"
-    partial, final = folder / f".{name}.partial", folder / name
-    if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    _write_rank(partial, state)
-    ranks.barrier()
-    if ranks.rank == 0:
-        _write_common(partial, state)
-        sums = "".join(f"{file_sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir()))
-        (partial / DIGESTS).write_text(sums)
-        shutil.rmtree(final, ignore_errors=True)  # the same step, left by a run that this one repeats
-        partial.rename(final)
-        pointer = folder / ".latest.partial"
-        pointer.write_text(name + "\n")
-        os.replace(pointer, folder / "latest")
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            if old != final:  # later states may be there when a run was sent back to an earlier one
-                shutil.rmtree(old)
-    ranks.barrier()
-    return final
+    def document(self) -> dict[str, Any]:
+        """Return what rank 0 writes into state.json."""
+        return {
+            "groups": self.engine.ranks.world.groups,
+            "partitions": self.engine.partition_sizes(),
+            "ema_updates": self.ema.updates,
+            "skipped": self.skipped,
+            "best": self.best,
+            "config": dict(self.config),
+        }
 
+    def load(self, place: Path) -> str:
+        """Put a state back, on all ranks, and return in words what was not as it had been saved (usually nothing).
 
-def load_state(folder: Path, state: TrainingState) -> Path:
-    """Put the newest state under `folder` back and return its place; all ranks call it.
+        Raises ValueError when the config or a dataset has changed.
+        """
+        saved = state_document(place)
+        self._check(place, saved["config"])
+        ranks, before = self.engine.ranks, World(saved["world"], saved["groups"])
+        self.step, self.skipped, self.best = saved["step"], saved["skipped"], saved["best"]
+        weights, averages = (state_tensors(place, f"{name}.safetensors") for name in ("model", "ema"))
+        self.engine.write_parameters([weights[name] for name, _ in self.ema.module.named_parameters()])
+        self.ema.load(averages, saved["ema_updates"])
+        same_ranks = before == ranks.world
+        parts = _Parts(place, before)
+        group = ranks.group if before.groups == ranks.world.groups else ranks.group % before.groups
+        self.engine.load_optimizer_state([parts.of(rank, "optimizer") for rank in before.group_ranks(group)])
+        self.rounds.load_state(self._outer(parts, before, group, saved["partitions"]))
+        if same_ranks:
+            random = parts.of(ranks.rank, "rng")
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random and ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(random["cuda"], ranks.device)
+        loader = self.rounds.loader
+        mine = state_document(place, _loader_file(ranks.rank)) if same_ranks else None
+        if mine is not None and mine["num_workers"] == loader.num_workers:
+            loader.load_state(mine)
+            return ""
+        batches = self.step // self.steps_per_round * self.rounds.batches_per_round
+        loader.redeal([state_document(place, _loader_file(rank)) for rank in range(before.size)], batches)
+        return f"saved by {before.size} rank(s) in {before.groups} group(s): what is left of the epochs is dealt again"
 
-    Raises:
-        FileNotFoundError: there is no state.
-        ValueError: it is damaged, or was saved by another world size, config or version.
-    """
-    source = _latest(folder)
-    _verify(source)
-    saved = json.loads((source / "state.json").read_text())
-    ranks = state.engine.ranks
-    _check_fits(source, saved, ranks.world, state.config)
-    weights, averages = load_file(source / "model.safetensors"), load_file(source / "ema.safetensors")
-    names = [name for name, _ in state.ema.module.named_parameters()]
-    state.engine.write_parameters([weights[name] for name in names])
-    state.ema.load(averages, saved["ema_updates"])
-    optimizer_file = source / f"optimizer_{state.engine.optimizer_part:04d}.pt"
-    state.engine.load_optimizer_state(torch.load(optimizer_file, map_location=ranks.device, weights_only=True))
-    for loader, position in zip(state.loaders, json.loads(_rank_file(source, ranks.rank).read_text()), strict=True):
-        loader.load_state(position)
-    torch.set_rng_state(load_file(source / f"rng_{ranks.rank:04d}.safetensors")["torch"])
-    state.step, state.skipped = saved["step"], saved["skipped"]
-    return source
+    def _outer(self, parts: _Parts, before: World, group: int, sizes: Sequence[int]) -> dict[str, Tensor]:
+        """Return the outer step's state of this rank, from the groups and partitions of before."""
+        ranks = self.engine.ranks
+        names = parts.of(before.group_ranks(group)[0], "outer")
 
+        def whole(name: str, group: int) -> Tensor:
+            owners = before.group_ranks(group) if self.engine.partitioned else before.group_ranks(group)[:1]
+            return self.engine.repartition([parts.of(rank, "outer")[name] for rank in owners], sizes)
 
-def _write_rank(partial: Path, state: TrainingState) -> None:
-    rank = state.engine.ranks.rank
-    _rank_file(partial, rank).write_text(json.dumps([loader.state() for loader in state.loaders]))
-    save_file({"torch": torch.get_rng_state()}, partial / f"rng_{rank:04d}.safetensors")
-    if state.engine.optimizer_part == rank:
-        torch.save(state.engine.optimizer_state(), partial / f"optimizer_{rank:04d}.pt")
+        state = {name: whole(name, group) if name != "pending_tasks" else names[name] for name in names}
+        if "residual" in state and before.groups != ranks.world.groups:
+            # What all groups together still owe goes into the exchange once.
+            owed = [whole("residual", other) for other in range(before.groups)]
+            state["residual"] = torch.stack(owed).sum(0) if ranks.group == 0 else torch.zeros_like(owed[0])
+        return state
 
-
-def _write_common(partial: Path, state: TrainingState) -> None:
-    weights = {name: parameter.detach() for name, parameter in state.ema.module.named_parameters()}
-    save_file(_contiguous(weights), partial / "model.safetensors")
-    save_file(_contiguous(state.ema.averages), partial / "ema.safetensors")
-    document = {
-        "version": STATE_VERSION,
-        "world": state.engine.ranks.world,
-        "step": state.step,
-        "ema_updates": state.ema.updates,
-        "skipped": state.skipped,
-        "config": dict(state.config),
-    }
-    (partial / "state.json").write_text(json.dumps(document, indent=2))
-
-
-def _check_fits(source: Path, saved: Mapping[str, Any], world: int, config: Mapping[str, Any]) -> None:
-    if saved["version"] != STATE_VERSION:
-        raise ValueError(
-            f"state {source}: version {saved['version']}, this Rung reads {STATE_VERSION}; start a new run"
-        )
-    if saved["world"] != world:
-        raise ValueError(
-            f"state {source}: saved by {saved['world']} rank(s), found {world}; "
-            "resume with the same number of ranks, so that the streams go on where they stood"
-        )
-    present = json.loads(json.dumps(config))  # tuples as lists, like the saved one
-    changed = [
-        f"{key}: {saved['config'].get(key)} -> {present.get(key)}"
-        for key in sorted({*saved["config"], *present} - set(FREE_FIELDS))
-        if saved["config"].get(key) != present.get(key)
-    ]
-    if changed:
-        raise ValueError(f"state {source}: the config or a dataset has changed: {'; '.join(changed)}; start a new run")
-
-
-def _latest(folder: Path) -> Path:
-    pointer = folder / "latest"
-    if not pointer.is_file():
-        raise FileNotFoundError(f"--resume: no state in {folder}; start without --resume")
-    source = folder / pointer.read_text().strip()
-    if not source.is_dir():
-        raise FileNotFoundError(f"--resume: {pointer} names {source.name}, which does not exist")
-    return source
-
-
-def _verify(source: Path) -> None:
-    for line in (source / DIGESTS).read_text().splitlines():
-        digest, name = line.split("  ", 1)
-        if not (source / name).is_file():
+    def _check(self, place: Path, saved: Mapping[str, Any]) -> None:
+        before, now = _flat(saved), _flat(json.loads(json.dumps(self.config)))  # tuples as lists, like the saved one
+        changed = [
+            f"{key}: {before.get(key)} -> {now.get(key)}"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_FIELDS)
+        ]
+        if changed:
             raise ValueError(
-                f"state {source}: {name} is missing; put another state's name into 'latest' to resume from it"
-            )
-        if file_sha256(source / name) != digest:
-            raise ValueError(
-                f"state {source}: {name} is damaged (its SHA-256 is not the one in {DIGESTS}); "
-                "put another state's name into 'latest' to resume from it"
+                f"state {place}: the config or a dataset has changed: {'; '.join(changed)}; start a new run"
             )
 
 
-def _rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank:04d}.json"
+class _Parts:
+    """The tensors of the ranks' files of a state, each file read once."""
+
+    def __init__(self, place: Path, world: World) -> None:
+        self._place, self._world = place, world
+        self._files: dict[int, dict[str, Tensor]] = {}
+
+    def of(self, rank: int, kind: str) -> dict[str, Tensor]:
+        """Return what a rank saved under `kind`."""
+        if rank not in self._files:
+            self._files[rank] = state_tensors(self._place, _tensor_file(rank))
+        named = (name.split("/", 1) for name in self._files[rank])
+        return {name: self._files[rank][f"{kind}/{name}"] for found, name in named if found == kind}
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _tensor_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _loader_file(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,20 @@
+"""How a run ends, told to whoever started it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+FINISHED = 0
+BAD_INPUT = 2
+DIVERGED = 3
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not finished, and the state is saved; start it again with --resume
+
+VARIABLE = "RUNG_EXIT_STATUS_FILE"  # a file of the supervisor's machine, set by it
+
+
+def leave(status: int) -> None:
+    """Write the exit status where the supervisor of this machine looks for it: torchrun ends with 1 whatever it is."""
+    path = Path(os.environ.get(VARIABLE, ""))
+    if os.environ.get("LOCAL_RANK", "0") == "0" and path.is_file():  # elsewhere there is no such file
+        path.write_text(str(status))
