@@ -13,8 +13,10 @@ from importlib.metadata import version
 VERBS = {
     "data": ("rung.data.cli", "build, inspect, verify and generate datasets"),
     "pretrain": ("rung.pretrain.cli", "train one potential on many fidelities (joint or Reptile)"),
+    "check": ("rung.launch.check", "pre-flight: verify every rank and machine of a run before it starts"),
     "finetune": ("rung.finetune.cli", "adapt a checkpoint to a small set of energies at a new fidelity"),
     "evaluate": ("rung.model.cli", "print the error table of a checkpoint on any readable data"),
+    "plan": ("rung.launch.plan", "predict memory, step time, communication and cost on a cluster"),
     "quickstart": ("rung.launch.quickstart", "pretrain, fine-tune and compare on the built-in data"),
 }
 EXIT_BAD_INPUT = 2

@@ -36,7 +36,7 @@ from rung.pretrain.soap import Soap
 
 NAMES = ("soap", "adamw", "muon")
 # Learning rates that are tried; each optimizer gets equally many, around what is usual for it.
-RATES = {"soap": (1.5e-3, 3e-3, 6e-3), "adamw": (1e-3, 2e-3, 4e-3), "muon": (2e-3, 4e-3, 8e-3)}
+RATES = {"soap": (3e-3, 6e-3, 1.2e-2), "adamw": (2e-3, 4e-3, 8e-3), "muon": (4e-3, 8e-3, 1.6e-2)}
 # AdamW's own decay of the second moments; 0.95 was chosen for SOAP.
 BETAS = {"soap": (0.95, 0.95), "adamw": (0.9, 0.99), "muon": (0.9, 0.99)}
 TURN_SECONDS = 5.0  # the optimizers take turns, so that all meet the same load of the machine

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ranks: --ranks N starts N of them on this machine; deepspeed, torchrun and mpirun may start\n"
         "       `python -m rung.pretrain` themselves, on any number of machines"
     )
-    parser.add_argument("config", help=f"YAML file, or one of ours by name: {', '.join(_packaged())}")
+    parser.add_argument("config", help=f"YAML file, or one of ours by name: {', '.join(packaged_configs())}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, such as optimizer.lr=1e-3")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print what would run, and leave")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in the output folder")
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `rung pretrain` and return its exit status; bad input raises ValueError or an OSError."""
-    path = _find_config(args.config)
+    path = find_config(args.config)
     config = read_config(PretrainConfig, path, args.overrides)
     if args.dry_run:
         _dry_run(config, args.ranks or int(os.environ.get("WORLD_SIZE", "1")))
@@ -71,14 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, EXIT_BAD_INPUT)
 
 
-def _packaged() -> list[str]:
+def packaged_configs() -> list[str]:
+    """Return the names of the configs that come with Rung."""
     names = [item.name for item in resources.files("rung.pretrain.configs").iterdir()]
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
-def _find_config(name: str) -> Path:
+def find_config(name: str) -> Path:
     """Return the path of a config file, or of one of ours given by its bare name."""
-    if name in _packaged():
+    if name in packaged_configs():
         return Path(str(resources.files("rung.pretrain.configs"))) / f"{name}.yaml"
     return Path(name)
 
@@ -92,7 +93,6 @@ def _dry_run(config: PretrainConfig, world: int) -> None:
     plan = make_plan(config, world)
     print(describe(plan, config))
     potential = make_potential(plan)
-    print(f"{sum(parameter.numel() for parameter in potential.parameters())} parameters")
     print(f"kernels {potential.kernels()}")
     for name, task in zip(plan.task_names, plan.tasks, strict=True):
         split = epoch_structures(task.dataset, task.fidelity, "train", shard_url=task.shard_url, remote=task.remote)

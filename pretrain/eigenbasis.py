@@ -61,7 +61,7 @@ def covariance(stack: Tensor, axis: int) -> Tensor:
 
 
 def eigenbasis(matrices: Tensor) -> Tensor:
-    """Return eigenvectors of symmetric matrices [..., size, size] as columns, of the largest eigenvalue first.
+    """Return eigenvectors of symmetric matrices [..., size, size] as columns, in any order.
 
     Entries that are not finite count as zero; the identity where no eigenvectors are found.
     """
@@ -71,7 +71,7 @@ def eigenbasis(matrices: Tensor) -> Tensor:
             vectors: Tensor = torch.linalg.eigh(matrices.to(dtype)).eigenvectors
         except LinAlgError:
             continue
-        return vectors.flip(-1).to(matrices.dtype)
+        return vectors.to(matrices.dtype)
     return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
 
 

@@ -26,15 +26,14 @@ from deepspeed.accelerator import get_accelerator
 
 from rung.data.batch import Batch
 from rung.pretrain.config import OptimizerConfig
-from rung.pretrain.launcher import free_port
 from rung.pretrain.optimizer import make_optimizer
 from rung.pretrain.partition import resplit
 from rung.pretrain.ranks import Ranks
+from rung.pretrain.rendezvous import join
 from rung.pretrain.reptile import SHARED
 from rung.pretrain.soap import Soap
 from rung.pretrain.step import NAMES, TASK_NAMES, StepModule
 
-LAUNCHER_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 # DeepSpeed's collectives: the argument whose bytes are counted (the whole of what is reduced or gathered), and where it
 # and the group are when they come without their names.
 COLLECTIVES = {
@@ -48,23 +47,23 @@ _LOSS, _NORM, _STEPS, _SKIPPED = (NAMES.index(name) for name in ("loss", "grad_n
 
 
 def connect(timeout: timedelta, groups: Callable[[int], int] = lambda size: 1) -> Ranks:
-    """Join the ranks of this run, whatever launched them: deepspeed, torchrun, mpirun, or nothing (one process).
+    """Join the ranks of this run, whatever launched them: deepspeed, torchrun, mpirun, srun, or nothing (one process).
 
-    `groups` says into how many task groups so many ranks divide.
+    `groups` says into how many task groups so many ranks divide. Raises ValueError when the launcher's variables make
+    no sense (see `rendezvous.find`).
     """
     # DeepSpeed asks this table which of its ops it may compile. On the CPU it would compile deepspeed_shm_comm here,
     # which only its inference uses: that needs a compiler, and a job killed meanwhile leaves a lock on which every
     # later run hangs. Setting the table also spares filling it, which tries the compiler on every op.
     deepspeed.ops.__compatible_ops__ = {}
-    if not any(name in os.environ for name in LAUNCHER_VARIABLES):
-        port = str(free_port())
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    if not torch.distributed.is_initialized():
+        join()
+    deepspeed.init_distributed(timeout=timeout, verbose=False, auto_mpi_discovery=False)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_ranks()))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     else:
         device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
         accelerator.set_device(device.index)
@@ -77,32 +76,37 @@ def disconnect() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _local_ranks() -> int:
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return torch.distributed.get_world_size()
+def _deepspeeds_muon() -> type[torch.optim.Optimizer]:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # warns of parts of torch that it uses
+
+    return MuonWithAuxAdam
 
 
 class Engine:
     """A `StepModule` with its optimizer, stepped by DeepSpeed over the ranks of a task group.
 
-    In ZeRO stage 0 the masters are the parameters, whole on every rank; in stages 1 and 2 every data rank has one
-    partition of them, float32, which DeepSpeed steps.
+    For the outer step every data rank has one partition of the weights, its masters: with ZeRO the float32 ones that
+    DeepSpeed steps, without it a slice of the parameters.
     """
 
     def __init__(self, module: StepModule, config: OptimizerConfig, settings: Mapping[str, Any], ranks: Ranks) -> None:
         """Wrap the module; `settings` is DeepSpeed's dictionary (plan.deepspeed_settings)."""
         self.ranks = ranks
         self._config = config
-        self.partitioned = config.zero_stage > 0
+        self._zero = config.zero_stage > 0
         unshared = [parameter for _, parameter in module.potential.fidelity_parameters()]
         self._optimizer = make_optimizer(
-            module, unshared, config, rank=ranks.data_rank, world=ranks.world.data_ranks, exchange=ranks.share_
+            module,
+            unshared,
+            config,
+            rank=ranks.data_rank,
+            world=ranks.world.data_ranks,
+            exchange=ranks.share_,
+            zero_muon=_deepspeeds_muon() if config.name == "muon" and self._zero else None,
         )
         self._module = module
-        first = next(module.parameters())
-        self._dtype = first.dtype
+        self._dtype = next(module.parameters()).dtype
+        self._num_elements = sum(parameter.numel() for parameter in module.parameters())
         self._counted_always = torch.zeros_like(self.zero_totals(), dtype=torch.bool)
         self._counted_always[_SKIPPED + 1 : len(NAMES)] = True  # sizes, and whether to stop
         self._purpose = "start"  # of DeepSpeed's collectives, for the count
@@ -147,7 +151,7 @@ class Engine:
 
     def _update(self) -> Tensor:
         """Clip the gradient and let DeepSpeed step; return the gradient's norm, a scalar that may not be finite."""
-        if self.partitioned:
+        if self._zero:
             self._engine.step()  # ZeRO's optimizer finds a gradient that is not finite by itself, and skips
             return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float64, device=self.ranks.device)
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
@@ -171,22 +175,42 @@ class Engine:
         """Overwrite the parameters, the same on every rank, and the partitioned masters that ZeRO steps from."""
         for parameter, value in zip(self._module.parameters(), values, strict=True):
             parameter.copy_(value)
-        if self.partitioned:
+        if self._zero:
             self._wrapper.refresh_fp32_params()  # without it the next step silently starts from the old weights
 
     def masters(self) -> Tensor:
-        """Return this rank's masters as one flat copy [P]."""
-        return torch.cat([master.detach().flatten() for master in self._masters()])
+        """Return a flat copy of this data rank's partition of the weights [P]; the last one is padded with zeros."""
+        if self._zero:
+            return torch.cat(self._zero_masters())
+        return self._slice(torch.cat([parameter.flatten() for parameter in self.parameters()]))
 
     @torch.no_grad()
     def write_masters(self, values: Tensor) -> None:
-        """Overwrite this rank's masters and, with ZeRO, the whole parameters from all data ranks' masters."""
-        masters = self._masters()
-        for master, value in zip(masters, torch.split(values, self.partition_sizes()), strict=True):
-            master.copy_(value.view_as(master))
-        if self.partitioned:
+        """Overwrite the weights on all ranks of the group, each of which gives its partition of them."""
+        if self._zero:
+            for master, value in zip(self._zero_masters(), torch.split(values, self.partition_sizes()), strict=True):
+                master.copy_(value)
             with self._counted_as("outer"):
                 self._wrapper.update_lp_params()
+            return
+        whole, parameters = self.ranks.gather(values), self.parameters()
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, value in zip(parameters, torch.split(whole[: sum(sizes)], sizes), strict=True):
+            parameter.copy_(value.view_as(parameter))
+
+    def partition_sizes(self) -> list[int]:
+        """Return the number of elements of each piece of this rank's masters: one, or one for each of ZeRO's groups."""
+        return [piece.numel() for piece in (self._zero_masters() if self._zero else [self.masters()])]
+
+    def repartition(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Return this rank's part of a vector like `masters()` that other ranks had in parts, by data rank.
+
+        `sizes` are the `partition_sizes()` of each of them.
+        """
+        pieces = [torch.split(part, list(sizes)) for part in parts]
+        if not self._zero:
+            return self._slice(torch.cat([piece for (piece,) in pieces])[: self._num_elements])
+        return torch.cat([self._resplit([piece[group] for piece in pieces], group) for group in range(len(sizes))])
 
     def master_rows(self) -> Tensor:
         """Return which fidelity's row each of `masters()` belongs to, or `SHARED`; int64 [P]."""
@@ -198,8 +222,8 @@ class Engine:
                 rows.append(numbers.view(-1, *[1] * (parameter.dim() - 1)).expand_as(parameter))
             else:
                 rows.append(torch.full_like(parameter, SHARED))
-        if not self.partitioned:
-            return torch.cat([row.flatten() for row in rows]).long()
+        if not self._zero:
+            return self._slice(torch.cat([row.flatten() for row in rows])).long()
         # How ZeRO orders, pads and cuts the parameters is its own business: send the rows the same way.
         weights = [parameter.clone() for parameter in self.parameters()]
         self.write_parameters(rows)
@@ -207,28 +231,19 @@ class Engine:
         self.write_parameters(weights)
         return found
 
-    def partition_sizes(self) -> list[int]:
-        """Return the number of elements of each of this rank's masters."""
-        return [master.numel() for master in self._masters()]
-
-    def repartition(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """Return this rank's part of a vector like `masters()` that other ranks had in parts, by data rank.
-
-        `sizes` are the `partition_sizes()` of each of them. Without ZeRO there is one part, and it is whole.
-        """
-        if not self.partitioned:
-            return parts[0]
-        pieces = [torch.split(part, list(sizes)) for part in parts]
-        return torch.cat([self._resplit([piece[group] for piece in pieces], group) for group in range(len(sizes))])
+    def _slice(self, whole: Tensor) -> Tensor:
+        """Return this data rank's partition of a vector with one element for each of the weights."""
+        ranks = self.ranks.world.data_ranks
+        return resplit([whole], len(whole), self.ranks.data_rank, ranks, -(-len(whole) // ranks))
 
     def _resplit(self, parts: Sequence[Tensor], group: int) -> Tensor:
         """Return this rank's partition of one of ZeRO's parameter groups from another world's partitions of it."""
         size = sum(parameter.numel() for parameter in self._wrapper.bit16_groups[group])
-        length = self._masters()[group].numel()
+        length = self._zero_masters()[group].numel()
         return resplit(parts, size, self.ranks.data_rank, self.ranks.world.data_ranks, length)
 
-    def _masters(self) -> list[Tensor]:
-        return list(self._wrapper.single_partition_of_fp32_groups) if self.partitioned else self.parameters()
+    def _zero_masters(self) -> list[Tensor]:
+        return [master.data for master in self._wrapper.single_partition_of_fp32_groups]
 
     # The inner optimizer's state
 
@@ -267,7 +282,7 @@ class Engine:
     def _share(self) -> dict[str, Tensor]:
         if isinstance(self._optimizer, Soap):
             return self._optimizer.share()
-        if not self.partitioned and self.ranks.data_rank > 0:
+        if not self._zero and self.ranks.data_rank > 0:
             return {}  # every rank has the same whole state
         return {
             f"{index}.{name}": torch.as_tensor(value)
@@ -282,7 +297,7 @@ class Engine:
         for index, parameter in enumerate(self._stepped()):
             for key in [key for key in shares[0] if key.split(".", 1)[0] == str(index)]:
                 parts = [share[key] for share in shares if key in share]
-                value = self._resplit(parts, index) if self.partitioned and parts[0].dim() > 0 else parts[0]
+                value = self._resplit(parts, index) if self._zero and parts[0].dim() > 0 else parts[0]
                 self._optimizer.state[parameter][key.split(".", 1)[1]] = value.to(parameter.device)
 
     def _stepped(self) -> list[Tensor]:

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.interrupt import Interrupt
+from rung.pretrain.network import free_port
 from rung.pretrain.plan import make_plan
 
 
@@ -40,13 +40,6 @@ def launch(num_ranks: int, config: PretrainConfig, words: Sequence[str]) -> int:
         [*launcher, "--module", "rung.pretrain", *words], env=environment, start_new_session=True
     ) as process:
         return _wait(process)
-
-
-def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

@@ -31,6 +31,7 @@ class Plan:
     fidelities: dict[str, Fidelity]
     e0: dict[str, dict[int, float]]  # fidelity -> atomic number -> eV
     scale: float  # eV
+    num_parameters: int
     steps_per_round: int  # optimizer steps between two points where state can be saved
     rounds: int
     datasets: tuple[dict[str, Any], ...]  # what the checkpoint says about its data
@@ -95,35 +96,43 @@ def make_plan(config: PretrainConfig, size: int) -> Plan:
     reptile = config.mode == "reptile"
     steps_per_round = config.reptile.inner_steps * config.reptile.tasks_per_outer if reptile else 1
     tasks = tuple(replace(task, weight=weight) for task, weight in zip(plain, weights, strict=True))
+    model = _model_config(config, list(manifests.values()))
+    num_parameters = sum(parameter.numel() for parameter in Potential(model).parameters())
     return Plan(
         world=World(size, task_groups(config, size)),
         tasks=tasks,
         task_names=task_names,
         outer_weights=tuple(task.outer_weight for task in config.tasks),
         counts=tuple(counts),
-        model=_model_config(config, list(manifests.values())),
+        model=model,
         fidelities={task.fidelity: entry.descriptor for task, entry in zip(tasks, entries, strict=True)},
         e0=_reference_energies(tasks, entries, config.reference_energies),
         scale=_scale(entries, counts),
+        num_parameters=num_parameters,
         steps_per_round=steps_per_round,
         rounds=math.ceil(config.steps / steps_per_round),
         datasets=tuple(_describe_dataset(name, manifest) for name, manifest in manifests.items()),
-        deepspeed=deepspeed_settings(config.optimizer, config.data.micro_batches),
+        deepspeed=deepspeed_settings(config.optimizer, num_parameters, config.data.micro_batches),
     )
 
 
-def deepspeed_settings(config: OptimizerConfig, micro_batches: int = 1) -> dict[str, Any]:
+def deepspeed_settings(config: OptimizerConfig, num_parameters: int, micro_batches: int = 1) -> dict[str, Any]:
     """Return DeepSpeed's dictionary.
 
     Batches are ours, so the batch size is a formality. Clipping is always named, because DeepSpeed clips at 1.0
     without the key; without ZeRO the engine clips, so that the norm is computed once. overlap_comm would reduce
-    gradients in the order of arrival, which may differ between ranks.
+    gradients in the order of arrival, which may differ between ranks. ZeRO allocates its bucket in full at every step,
+    5e8 elements unless it is told how many there are.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": num_parameters,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -155,7 +164,7 @@ def describe(plan: Plan, config: PretrainConfig) -> str:
             f"E0 {name} ({config.reference_energies.replace('_', ' ')}): {_energies(e0)}"
             for name, e0 in plan.e0.items()
         ),
-        f"model {to_mapping(plan.model)}",
+        f"model of {plan.num_parameters} parameters: {to_mapping(plan.model)}",
         f"deepspeed {plan.deepspeed}",
     ]
     return "\n".join(lines)

@@ -105,6 +105,15 @@ class Ranks:
             for work in pending:
                 work.wait()
 
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the parts [P] of all data ranks of this task group, one after the other; equally long ones."""
+        if self.world.data_ranks == 1:
+            return part
+        whole = part.new_empty(self.world.data_ranks * len(part))
+        with self.traffic.collective("outer", whole.nbytes):
+            torch.distributed.all_gather_into_tensor(whole, part, group=self._task)
+        return whole
+
     def sum_all_(self, tensor: Tensor) -> Tensor:
         """Add up the tensor over all ranks, in place, and return it: for logs and evaluation."""
         if self.world.size > 1:

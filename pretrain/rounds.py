@@ -86,8 +86,9 @@ class Reptile:
         engine, plan, reptile = self._engine, self._plan, self._config.reptile
         groups = plan.assigned(self._config, index)
         totals = engine.zero_totals()
-        for task in groups[engine.ranks.group]:
-            engine.write_masters(self._outer.phi)
+        for number, task in enumerate(groups[engine.ranks.group]):
+            if number > 0:  # the first begins where the round before has left the weights: at phi
+                engine.write_masters(self._outer.phi)
             engine.use_inner_state({"group": "", "task": f"task{task}", "reset": None}[reptile.inner_state])
             for inner in range(reptile.inner_steps):
                 # Counted as if the tasks ran side by side, so that the rate does not depend on the number of groups.

@@ -51,8 +51,7 @@ class TrainingState:
         """Return this rank's part of the state, copied to the host."""
         ranks = self.engine.ranks
         tensors = {f"optimizer/{name}": tensor for name, tensor in self.engine.optimizer_state().items()}
-        if self.engine.partitioned or ranks.data_rank == 0:
-            tensors |= {f"outer/{name}": tensor for name, tensor in self.rounds.state().items()}
+        tensors |= {f"outer/{name}": tensor for name, tensor in self.rounds.state().items()}
         tensors["rng/cpu"] = torch.get_rng_state()
         if ranks.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(ranks.device)
@@ -111,8 +110,7 @@ class TrainingState:
         names = parts.of(before.group_ranks(group)[0], "outer")
 
         def whole(name: str, group: int) -> Tensor:
-            owners = before.group_ranks(group) if self.engine.partitioned else before.group_ranks(group)[:1]
-            return self.engine.repartition([parts.of(rank, "outer")[name] for rank in owners], sizes)
+            return self.engine.repartition([parts.of(rank, "outer")[name] for rank in before.group_ranks(group)], sizes)
 
         state = {name: whole(name, group) if name != "pending_tasks" else names[name] for name in names}
         if "residual" in state and before.groups != ranks.world.groups:

@@ -13,7 +13,7 @@ import pytest
 from rung.model.checkpoint import load_checkpoint
 from rung.pretrain.cli import EXIT_BAD_INPUT, main
 from rung.pretrain.interrupt import EXIT_STOPPED, Interrupt
-from rung.pretrain.launcher import free_port
+from rung.pretrain.network import free_port
 
 
 @pytest.fixture()
@@ -28,7 +28,7 @@ def test_dry_run_prints_everything_and_trains_nothing(
 ) -> None:
     assert main([str(config_file), f"output={tmp_path / 'run'}", "--dry-run", "--ranks", "3"]) == 0
     printed = capsys.readouterr().out
-    for text in ("lr: 0.003", "3 rank(s)", "task emt/low: 36", "'gradient_clipping': 10.0", "parameters", "3 atoms"):
+    for text in ("lr: 0.003", "3 rank(s)", "task emt/low: 36", "gradient_clipping: 10.0", "parameters", "3 atoms"):
         assert text in printed
     assert not (tmp_path / "run").exists()
 

@@ -40,6 +40,7 @@ LOSS = LossConfig(energy_weight=0.5, forces_weight=2.0)
 CASES = [("soap", 0, 0.0), ("soap", 0, 1e-3), ("adamw", 0, 1e-3), ("adamw", 1, 1e-3), ("adamw", 2, 0.0)]
 STEPS = 3
 FIDELITIES = MODEL.fidelities
+NUM_PARAMETERS = sum(parameter.numel() for parameter in Potential(MODEL).parameters())
 
 
 def make_potential() -> Potential:
@@ -79,7 +80,7 @@ def plain_torch(structures: Sequence[Structure], config: OptimizerConfig) -> lis
 def make_engine(config: OptimizerConfig, micro_batches: int = 1) -> Engine:
     ranks = connect(timedelta(minutes=1))
     module = StepModule(make_potential(), LOSS, ranks.sum_, ranks.world.data_ranks, len(FIDELITIES))
-    return Engine(module, config, deepspeed_settings(config, micro_batches), ranks)
+    return Engine(module, config, deepspeed_settings(config, NUM_PARAMETERS, micro_batches), ranks)
 
 
 def deepspeed_ranks(structures: Sequence[Structure], configs: Sequence[OptimizerConfig]) -> list[list[Tensor]]:
@@ -215,7 +216,7 @@ def absent_rank(structures: Sequence[Structure]) -> str:
     ranks = connect(timedelta(seconds=1))
     module = StepModule(make_potential(), LOSS, ranks.sum_, ranks.world.data_ranks, len(FIDELITIES))
     config = OptimizerConfig()
-    engine = Engine(module, config, deepspeed_settings(config), ranks)
+    engine = Engine(module, config, deepspeed_settings(config, NUM_PARAMETERS), ranks)
     if ranks.rank == 1:
         torch.distributed.barrier()
         return "released"

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from deepspeed.accelerator import get_accelerator
 
 from rung.data.batch import Batch, collate
@@ -53,8 +52,12 @@ class GivenBatches:
                     )
 
 
-def trained(structures: Sequence[Structure], words: list[str], double: bool) -> tuple[list[Any], dict[str, int]]:
-    """Return the weights after a few outer steps, and the bytes that collectives were given since the start."""
+def trained(structures: Sequence[Structure], runs: Sequence[tuple[list[str], bool]]) -> list[list[Any]]:
+    """Return the weights after a few outer steps, for each config (as words) and whether it computes in float64."""
+    return [trained_once(structures, words, double) for words, double in runs]
+
+
+def trained_once(structures: Sequence[Structure], words: list[str], double: bool) -> list[Any]:
     config = read_config(PretrainConfig, None, words)
     ranks = connect(timedelta(minutes=2), lambda size: task_groups(config, size))
     plan = make_plan(config, ranks.world.size)
@@ -69,7 +72,7 @@ def trained(structures: Sequence[Structure], words: list[str], double: bool) -> 
     for index in range(ROUNDS):
         totals = rounds.run(index, False)
         assert totals[4] == config.reptile.inner_steps * config.reptile.tasks_per_outer / ranks.world.groups
-    return [parameter.cpu().numpy().copy() for parameter in engine.parameters()], dict(ranks.traffic.bytes)
+    return [parameter.cpu().numpy().copy() for parameter in engine.parameters()]
 
 
 def words_of(config_words: list[str], tmp_path: Path, *more: str) -> list[str]:
@@ -92,39 +95,35 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.distributed.:FutureWarning")
-@pytest.mark.parametrize(("name", "stage", "inner_state", "dtype", "outer_optimizer"), CASES)
-@pytest.mark.parametrize("data_ranks", [1, 2])
 def test_groups_side_by_side_are_tasks_after_one_another(
-    structures: list[Structure],
-    config_words: list[str],
-    run_ranks: Any,
-    tmp_path: Path,
-    name: str,
-    stage: int,
-    inner_state: str,
-    dtype: str,
-    outer_optimizer: str,
-    data_ranks: int,
+    structures: list[Structure], config_words: list[str], run_ranks: Any, tmp_path: Path
 ) -> None:
     """Serial Reptile on D ranks and two groups of D ranks, given equal batches, end at the same weights."""
-    words = words_of(
-        config_words, tmp_path, f"optimizer.name={name}", f"optimizer.zero_stage={stage}",
-        f"reptile.inner_state={inner_state}", f"reptile.outer_optimizer={outer_optimizer}",
-    )  # fmt: skip
-    double = dtype == "float64"
-    serial = run_ranks(trained, data_ranks, structures, [*words, "world.groups=1"], double)
-    groups = run_ranks(trained, 2 * data_ranks, structures, [*words, "world.groups=2"], double)
-    start = [
-        parameter.detach()
-        for parameter in make_potential(make_plan(read_config(PretrainConfig, None, words), 1)).parameters()
-    ]
-    moved = max(
-        float(np.abs(end - begin.detach().numpy()).max()) for end, begin in zip(serial[0][0], start, strict=True)
-    )
-    assert moved > 1e-3
-    for weights, _ in groups:
-        for found, wanted in zip(weights, serial[0][0], strict=True):
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 if double else 1e-5)
+    runs = []
+    for name, stage, inner_state, dtype, outer_optimizer in CASES:
+        more = [f"optimizer.name={name}", f"optimizer.zero_stage={stage}", f"reptile.inner_state={inner_state}"]
+        words = words_of(config_words, tmp_path, *more, f"reptile.outer_optimizer={outer_optimizer}")
+        runs.append((words, dtype == "float64"))
+
+    def arranged(groups: int) -> list[tuple[list[str], bool]]:
+        return [([*words, f"world.groups={groups}"], double) for words, double in runs]
+
+    one = run_ranks(trained, 1, structures, arranged(1))
+    two = run_ranks(trained, 2, structures, arranged(1) + arranged(2))
+    four = run_ranks(trained, 4, structures, arranged(2))
+    start = list(make_potential(make_plan(read_config(PretrainConfig, None, runs[0][0]), 1)).parameters())
+    for case, (_, double) in enumerate(runs):
+        serial_1, serial_2 = one[0][case], two[0][case]
+        compared = [(ends[len(runs) + case], serial_1) for ends in two] + [(ends[case], serial_2) for ends in four]
+        moved = max(
+            float(np.abs(end - begin.detach().numpy()).max()) for end, begin in zip(serial_1, start, strict=True)
+        )
+        assert moved > 1e-3
+        for groups, serial in compared:
+            for found, wanted in zip(groups, serial, strict=True):
+                np.testing.assert_allclose(
+                    found, wanted, rtol=0, atol=1e-6 if double else 1e-5, err_msg=str(CASES[case])
+                )
 
 
 def test_every_group_gets_as_many_tasks_and_all_that_were_drawn() -> None:

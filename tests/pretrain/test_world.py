@@ -22,7 +22,6 @@ from rung.data.stream import epoch_structures
 from rung.model.config import read_config
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.costs import handed, inner_collectives, padded_groups, shapes_of
-from rung.pretrain.engine import Engine, connect
 from rung.pretrain.plan import make_plan, make_potential
 from rung.pretrain.ranks import Ranks
 from rung.pretrain.step import StepModule
@@ -177,6 +176,8 @@ def test_the_real_engine_of_one_rank_of_a_large_world(
 
 def engine_of_one_rank(config: PretrainConfig, groups: int) -> dict[str, Any]:
     """Build the real engine on a rank in the middle of a world of `SIZE` that is not there; take one step."""
+    from rung.pretrain.engine import Engine, connect  # seconds, which the other tests here need not wait
+
     rank = SIZE // 2 + 1
     torch.distributed.destroy_process_group()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(SIZE), LOCAL_RANK="1")
