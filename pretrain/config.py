@@ -108,6 +108,11 @@ class OptimizerConfig:
                 "double backward); use 0, 1 or 2"
             )
         _require(self.zero_stage in (0, 1, 2), "optimizer.zero_stage", "0, 1 or 2", self.zero_stage)
+        if self.name == "muon" and self.zero_stage > 0 and self.gradient_clipping > 0:
+            raise ValueError(
+                "optimizer.gradient_clipping: with muon ZeRO clips what has already been made orthogonal, which only "
+                "shrinks the step; set it to 0, or optimizer.zero_stage=0"
+            )
         if self.name == "soap" and self.zero_stage > 0:
             raise ValueError(
                 f"optimizer.name: soap needs matrix-shaped parameters and ZeRO stage {self.zero_stage} flattens them; "

@@ -77,8 +77,15 @@ def disconnect() -> None:
 
 
 def _deepspeeds_muon() -> type[torch.optim.Optimizer]:
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # warns of parts of torch that it uses
-
+    """Return its Muon as it is written: it would be compiled at the first step, in 20 s, if torch's switch let it."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
     return MuonWithAuxAdam
 
 
@@ -297,8 +304,20 @@ class Engine:
         for index, parameter in enumerate(self._stepped()):
             for key in [key for key in shares[0] if key.split(".", 1)[0] == str(index)]:
                 parts = [share[key] for share in shares if key in share]
-                value = self._resplit(parts, index) if self._zero and parts[0].dim() > 0 else parts[0]
+                if self._zero and self._config.name == "muon" and key.endswith(".momentum_buffer"):
+                    value = self._same_ranks(parts, key)
+                else:
+                    value = self._resplit(parts, index) if self._zero and parts[0].dim() > 0 else parts[0]
                 self._optimizer.state[parameter][key.split(".", 1)[1]] = value.to(parameter.device)
+
+    def _same_ranks(self, parts: Sequence[Tensor], key: str) -> Tensor:
+        """Return this rank's part of what cannot be cut otherwise: ZeRO's Muon keeps whole matrices, some on two ranks."""
+        if len(parts) != self.ranks.world.data_ranks:
+            raise ValueError(
+                f"optimizer state {key}: muon with ZeRO goes on with as many data ranks as before: expected "
+                f"{len(parts)}, found {self.ranks.world.data_ranks}"
+            )
+        return parts[self.ranks.data_rank]
 
     def _stepped(self) -> list[Tensor]:
         """Return the tensors that the optimizer steps: parameters, or with ZeRO this rank's partitions of them."""

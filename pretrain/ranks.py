@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -154,18 +155,34 @@ class Ranks:
         """Return a connection of its own to the key-value store of the run, which another thread may wait on."""
         return _get_default_store().clone()
 
-    def absent(self, call: str, seconds: float = ROLL_CALL_SECONDS) -> list[int]:
-        """Return the ranks that do not answer the roll call named `call` within `seconds`; rank 0's machine must live.
+    def absent(self, call: str, store: Store, seconds: float = ROLL_CALL_SECONDS) -> list[int]:
+        """Return the ranks that do not answer the roll call named `call` within `seconds`.
 
-        Called by every rank on which a collective failed, so those that are left out stand still or are dead.
+        Called by every rank on which a collective failed, so those that are left out stand still or are dead. `store`
+        is a connection made while all was well; where it does not answer, that is rank 0, which serves it.
         """
-        store = self.store()
+        missing = [0]
+
+        def ask() -> None:
+            nonlocal missing
+            with suppress(RuntimeError):
+                missing = self._missing(call, store, seconds)
+
+        # A connection waits for ever for a server that stands still, and nothing but the thread can be given up.
+        thread = threading.Thread(target=ask, name="roll call", daemon=True)
+        thread.start()
+        thread.join(seconds + 1)
+        return missing
+
+    def _missing(self, call: str, store: Store, seconds: float) -> list[int]:
         store.set(f"{call}/{self.rank}", "here")
         end = time.monotonic() + seconds
         missing = []
         for rank in range(self.world.size):
             try:
                 store.wait([f"{call}/{rank}"], timedelta(seconds=max(0.01, end - time.monotonic())))
+            except torch.distributed.DistNetworkError:
+                raise
             except RuntimeError:  # a time-out, of whatever kind of store
                 missing.append(rank)
         return missing
@@ -173,16 +190,14 @@ class Ranks:
     @contextmanager
     def naming_the_absent(self) -> Iterator[None]:
         """Turn the error of a collective within the block into a ConnectionError that names the ranks at fault."""
+        store = self.store()
         try:
             yield
         except RuntimeError as error:
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
             reason = str(error).splitlines()[0]
-            try:
-                missing = self.absent("a collective failed")
-            except RuntimeError:
-                missing = [0]  # the key-value store lives with it
+            missing = self.absent("a collective failed", store)
             if not missing:
                 raise ConnectionError(
                     f"a collective failed although all {self.world.size} ranks answer: {reason}"

@@ -137,6 +137,7 @@ class StateStore:
         self._closing = threading.Event()
         self._connection: Store | None = None
         self._told_key = ""
+        self._asked: float | None = None  # when the thread last began to ask rank 0 for its conclusion
         atexit.register(self.close)  # a thread in the midst of C++ while the interpreter ends can abort the process
 
     # Saving
@@ -193,13 +194,20 @@ class StateStore:
         write_file(path, content)
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        """Wait for the thread; raises TimeoutError when rank 0 stands still, whose store a thread waits for for ever."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(LONGEST_PAUSE)
+            asked = self._asked
+            if asked is not None and time.monotonic() - asked > self._seconds + 2 * LONGEST_PAUSE:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"rank 0 has not answered for {self._seconds:g} s while a state was being written"
+                )
 
     def _run(self, attempt: _Attempt) -> None:
         """Take part in one save: the body of the thread."""
         begin = time.perf_counter()
         place, error = None, None
+        self._asked = None
         try:
             self._connection = self._connection or self.ranks.store()
             report = self._write(attempt)
@@ -230,6 +238,7 @@ class StateStore:
     def _attend(self, attempt: _Attempt, store: Store, report: Mapping[str, Any]) -> None:
         """Hand this rank's report to rank 0 and take its conclusion; raises OSError if the save failed."""
         key = attempt.report_key(self.ranks.rank)
+        self._asked = time.monotonic()
         store.set(key, json.dumps(report))
         patience = 2 * self._seconds  # rank 0 may be the last to write, and waits for others itself
         if not self._await(store, [attempt.outcome_key], time.monotonic() + patience):
@@ -287,6 +296,7 @@ class StateStore:
         shortest = max(0.01, self.ranks.world.size / QUESTIONS_PER_SECOND)
         while not store.check(keys):
             now = time.monotonic()
+            self._asked = None if self._asked is None else now
             if now >= end:
                 return False
             pause = min(LONGEST_PAUSE, shortest + 0.1 * (now - begin), end - now)

@@ -123,3 +123,9 @@ def test_packaged_configs_fit_the_builtin_dataset(name: str) -> None:
     path = Path(str(resources.files("rung.pretrain.configs"))) / f"{name}.yaml"
     plan = make_plan(read_config(PretrainConfig, path), world=2)
     assert all(task.dataset == "builtin" for task in plan.tasks)
+
+
+def test_muon_with_zero_wants_no_clipping() -> None:
+    with pytest.raises(ValueError, match="ZeRO clips what has already been made orthogonal"):
+        OptimizerConfig(name="muon", zero_stage=1)
+    assert OptimizerConfig(name="muon", zero_stage=1, gradient_clipping=0.0).name == "muon"

@@ -37,7 +37,9 @@ MODEL = ModelConfig(
     (1, 6, 7, 8), ("low", "high"), channels=16, num_layers=2, l_max=2, num_radial=4, fidelity_dim=4, readout_hidden=4
 )
 LOSS = LossConfig(energy_weight=0.5, forces_weight=2.0)
-CASES = [("soap", 0, 0.0), ("soap", 0, 1e-3), ("adamw", 0, 1e-3), ("adamw", 1, 1e-3), ("adamw", 2, 0.0)]
+CASES = [
+    ("soap", 0, 0.0), ("soap", 0, 1e-3), ("adamw", 0, 1e-3), ("adamw", 1, 1e-3), ("adamw", 2, 0.0), ("muon", 0, 1e-3),
+]  # fmt: skip
 STEPS = 3
 FIDELITIES = MODEL.fidelities
 NUM_PARAMETERS = sum(parameter.numel() for parameter in Potential(MODEL).parameters())
@@ -131,7 +133,7 @@ def continued(
     return state, [parameter.clone().numpy() for parameter in engine.parameters()]
 
 
-@pytest.mark.parametrize(("name", "stage"), [("soap", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2)])
+@pytest.mark.parametrize(("name", "stage"), [("soap", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2), ("muon", 0)])
 def test_the_optimizers_state_moves_to_another_number_of_ranks(
     structures: list[Structure], run_ranks: Any, name: str, stage: int
 ) -> None:
@@ -257,7 +259,7 @@ def reading_steps(structures: Sequence[Structure], config: OptimizerConfig) -> l
     return mode.found
 
 
-@pytest.mark.parametrize("name", ["soap", "adamw"])
+@pytest.mark.parametrize("name", ["soap", "adamw", "muon"])
 def test_a_step_does_not_wait_for_the_device(structures: list[Structure], run_ranks: Any, name: str) -> None:
     assert run_ranks(reading_steps, 2, structures, OptimizerConfig(name=name)) == [[], []]  # type: ignore[arg-type]
 
