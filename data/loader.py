@@ -29,7 +29,7 @@ def only(number: int) -> int:
 
 
 class _Consumers(IterableDataset[tuple[Batch, int, dict[str, Any]]]):
-    """The consumers of one rank: a worker process plays one and yields each batch, its stream and the state after it."""
+    """The consumers of one rank: a worker process plays one and yields batches, their streams and the states after."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class _Consumers(IterableDataset[tuple[Batch, int, dict[str, Any]]]):
 class BatchLoader:
     """Endless iterator of Batch for one rank, from one stream or from several in a given order.
 
-    `make_streams[i](consumer, num_consumers)` opens the i-th stream of one consumer; with `num_workers` > 0 every worker
-    process is a consumer of its own, else the rank is. `order(n)` says which stream the rank's n-th batch comes from (a
+    `make_streams[i](consumer, num_consumers)` opens the i-th stream of one consumer; with `num_workers` > 0 every
+    worker process is a consumer of its own, else the rank is. `order(n)` says which stream the rank's n-th batch comes from (a
     pure function: workers make batches ahead). `prefetch` batches per worker are made ahead. `cutoff` is in angstrom.
     `pin_memory` puts batches into page-locked memory and needs a GPU.
 

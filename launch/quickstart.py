@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rung.pretrain.interrupt import EXIT_STOPPED, Interrupt
+from rung.pretrain.exit_status import STOPPED
+from rung.pretrain.interrupt import Interrupt
 
 METRICS = ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom")
 MAX_LABELS = 200
@@ -71,7 +72,7 @@ def pretrain(folder: Path, ranks: int, overrides: list[str]) -> Path:
     print("$ rung pretrain " + " ".join(words), flush=True)
     with Interrupt() as interrupt:  # Ctrl-C reaches the training process too, which saves its state and ends by itself
         status = subprocess.run([sys.executable, "-m", "rung.pretrain", *words], check=False).returncode
-    if status == EXIT_STOPPED or interrupt.requested:
+    if status == STOPPED or interrupt.requested:
         print("stopped: the same command goes on from the last saved state")
         raise KeyboardInterrupt
     if status != 0:

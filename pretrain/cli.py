@@ -11,9 +11,7 @@ from pathlib import Path
 
 from rung.model.config import read_config, to_yaml
 from rung.pretrain.config import PretrainConfig
-from rung.pretrain.interrupt import EXIT_STOPPED
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DIVERGED = 1, 2, 3
+from rung.pretrain.exit_status import BAD_INPUT, DIVERGED, FAILED, FINISHED, STOPPED, leave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
         "exit status: 0 finished, 1 failed (a rank is lost, a disk is full: try again with --resume), 2 bad input, "
-        f"3 diverged, {EXIT_STOPPED} stopped by a signal or stop_at with the state saved (run again with --resume)\n"
-        "ranks: --ranks N starts N of them on this machine; deepspeed, torchrun and mpirun may start\n"
-        "       `python -m rung.pretrain` themselves, on any number of machines"
+        f"3 diverged, {STOPPED} stopped by a signal or stop_at with the state saved (run again with --resume)\n"
+        "ranks: --ranks N starts N of them on this machine; deepspeed, torchrun, mpirun and srun may start\n"
+        "       `python -m rung.pretrain` themselves, on any number of machines (launch/templates)"
     )
     parser.add_argument("config", help=f"YAML file, or one of ours by name: {', '.join(packaged_configs())}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, such as optimizer.lr=1e-3")
@@ -47,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
     from rung.pretrain.loop import pretrain  # imports deepspeed, which takes seconds
 
     try:
-        return 0 if pretrain(config, resume=args.resume) else EXIT_STOPPED
+        return FINISHED if pretrain(config, resume=args.resume) else STOPPED
     except FloatingPointError as error:
-        return _failed(error, EXIT_DIVERGED)
+        return _failed(error, DIVERGED)
     except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError):
         raise
     except OSError as error:  # a rank is lost or a disk is full: the same command with --resume may go on
-        return _failed(error, EXIT_FAILED)
+        return _failed(error, FAILED)
 
 
 def _failed(error: Exception, status: int) -> int:
@@ -66,9 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rung pretrain", description=__doc__)
     add_arguments(parser)
     try:
-        return run(parser.parse_intermixed_args(argv))
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        return _failed(error, EXIT_BAD_INPUT)
+        status = run(parser.parse_intermixed_args(argv))
+    except (ValueError, OSError) as error:  # an OSError of a run that was going on is handled there
+        status = _failed(error, BAD_INPUT)
+    leave(status)
+    return status
 
 
 def packaged_configs() -> list[str]:

@@ -65,7 +65,7 @@ def connect(timeout: timedelta, groups: Callable[[int], int] = lambda size: 1) -
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     else:
-        device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
+        device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"]) % accelerator.device_count()))
         accelerator.set_device(device.index)
     return Ranks(device, timeout, groups(torch.distributed.get_world_size()))
 
@@ -86,7 +86,8 @@ def _deepspeeds_muon() -> type[torch.optim.Optimizer]:
         os.environ.pop("TORCHDYNAMO_DISABLE")
         if before is not None:
             os.environ["TORCHDYNAMO_DISABLE"] = before
-    return MuonWithAuxAdam
+    muon: type[torch.optim.Optimizer] = MuonWithAuxAdam
+    return muon
 
 
 class Engine:
@@ -311,7 +312,7 @@ class Engine:
                 self._optimizer.state[parameter][key.split(".", 1)[1]] = value.to(parameter.device)
 
     def _same_ranks(self, parts: Sequence[Tensor], key: str) -> Tensor:
-        """Return this rank's part of what cannot be cut otherwise: ZeRO's Muon keeps whole matrices, some on two ranks."""
+        """Return this rank's part of what cannot be cut: ZeRO's Muon keeps whole matrices, some on two ranks."""
         if len(parts) != self.ranks.world.data_ranks:
             raise ValueError(
                 f"optimizer state {key}: muon with ZeRO goes on with as many data ranks as before: expected "

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 FINISHED = 0
+FAILED = 1  # a rank is lost, a disk is full: the same command with --resume may go on
 BAD_INPUT = 2
 DIVERGED = 3
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not finished, and the state is saved; start it again with --resume
@@ -14,7 +15,10 @@ VARIABLE = "RUNG_EXIT_STATUS_FILE"  # a file of the supervisor's machine, set by
 
 
 def leave(status: int) -> None:
-    """Write the exit status where the supervisor of this machine looks for it: torchrun ends with 1 whatever it is."""
+    """Write the exit status where the supervisor of this machine looks for it: torchrun ends with 1 whatever it is.
+
+    The cause counts: where one rank was refused its input, the others failed, and tell nothing.
+    """
     path = Path(os.environ.get(VARIABLE, ""))
-    if os.environ.get("LOCAL_RANK", "0") == "0" and path.is_file():  # elsewhere there is no such file
+    if status not in (FINISHED, FAILED) and path.is_file():  # on other machines there is no such file
         path.write_text(str(status))

@@ -7,8 +7,6 @@ from types import FrameType, TracebackType
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# EX_TEMPFAIL of sysexits.h: the run is not finished and its state is saved; start it again with --resume.
-EXIT_STOPPED = 75
 
 
 class Interrupt:

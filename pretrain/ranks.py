@@ -153,7 +153,8 @@ class Ranks:
 
     def store(self) -> Store:
         """Return a connection of its own to the key-value store of the run, which another thread may wait on."""
-        return _get_default_store().clone()
+        store: Store = _get_default_store().clone()  # type: ignore[attr-defined]
+        return store
 
     def absent(self, call: str, store: Store, seconds: float = ROLL_CALL_SECONDS) -> list[int]:
         """Return the ranks that do not answer the roll call named `call` within `seconds`.

@@ -135,7 +135,7 @@ class StateStore:
         self._thread: threading.Thread | None = None
         self._outcomes: deque[Outcome] = deque()
         self._closing = threading.Event()
-        self._connection: Store | None = None
+        self._connection = ranks.store()  # of the threads; made now, because it cannot be made once rank 0 is lost
         self._told_key = ""
         self._asked: float | None = None  # when the thread last began to ask rank 0 for its conclusion
         atexit.register(self.close)  # a thread in the midst of C++ while the interpreter ends can abort the process
@@ -209,7 +209,6 @@ class StateStore:
         place, error = None, None
         self._asked = None
         try:
-            self._connection = self._connection or self.ranks.store()
             report = self._write(attempt)
             if self.ranks.rank == 0:
                 self._conclude(attempt, self._connection, report)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rung.model.checkpoint import load_checkpoint
-from rung.pretrain.cli import EXIT_BAD_INPUT, main
-from rung.pretrain.interrupt import EXIT_STOPPED, Interrupt
+from rung.pretrain.cli import main
+from rung.pretrain.exit_status import BAD_INPUT, STOPPED
+from rung.pretrain.interrupt import Interrupt
 from rung.pretrain.network import free_port
 
 
@@ -35,13 +36,13 @@ def test_dry_run_prints_everything_and_trains_nothing(
 
 def test_bad_input_is_one_line(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = f"output={tmp_path / 'run'}"
-    assert main([str(config_file), output, "optimiser.lr=1"]) == EXIT_BAD_INPUT
+    assert main([str(config_file), output, "optimiser.lr=1"]) == BAD_INPUT
     assert "unknown key 'optimiser'; did you mean 'optimizer'?" in capsys.readouterr().err
-    assert main(["nowhere.yaml"]) == EXIT_BAD_INPUT
+    assert main(["nowhere.yaml"]) == BAD_INPUT
     assert "nowhere.yaml" in capsys.readouterr().err
-    assert main([str(config_file), output, "--ranks", "0"]) == EXIT_BAD_INPUT
+    assert main([str(config_file), output, "--ranks", "0"]) == BAD_INPUT
     assert "--ranks: expected at least 1" in capsys.readouterr().err
-    assert main([str(config_file), output, "model.chanels=3", "--ranks", "2"]) == EXIT_BAD_INPUT
+    assert main([str(config_file), output, "model.chanels=3", "--ranks", "2"]) == BAD_INPUT
     assert "did you mean 'channels'" in capsys.readouterr().err
 
 
@@ -69,14 +70,14 @@ def test_deepspeed_launches_two_ranks_which_stop_at_a_signal_and_go_on(config_fi
                 process.terminate()
             if line.startswith("stopped at step"):
                 step = int(line.split()[3])
-    assert process.returncode == EXIT_STOPPED
+    assert process.returncode == STOPPED
     assert (output / "state" / "latest").read_text() == f"step_{step:09d}\n"
 
     deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
     module = ["--master_port", str(free_port()), "--module", "rung.pretrain"]
     more = [f"stop_at={step + 2}", "--resume"]
     done = subprocess.run([*deepspeed, *module, *words, *more], env=environment, capture_output=True, text=True)
-    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert done.returncode == STOPPED, done.stderr
     assert f"resumed from {output}/state/step_{step:09d}" in done.stdout
     assert (output / "state" / "latest").read_text() == f"step_{step + 2:09d}\n"
 
