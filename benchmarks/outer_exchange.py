@@ -1,16 +1,15 @@
 """What the outer step's settings do to the result, and what joint training reaches in as many steps; as JSON lines.
 
-    python benchmarks/outer_exchange.py [--steps 640] [--seeds 0 1] [--only groups ...] [--out FILE]
+    python benchmarks/outer_exchange.py [--steps 480] [--seeds 0 1] [--only STUDY ...] [--variants NAME ...] [--out F]
 
-reference   joint training: on one rank as many steps; on two ranks half as many, of twice the structures
+reference   joint training on one rank
 groups      Reptile of two groups of one rank: exchange, overlap, outer optimizer, inner state, inner steps
 serial      Reptile on one rank: tasks per outer step, inner steps, outer optimizer and rate, inner state
 
 All runs have the same small model, see equally many structures of the built-in data, and take as many optimizer steps
-(those of all groups together); only the second reference takes half as many. `criterion` is that of the evaluation
-(error over the spread of the labels, mean over tasks; lower is better), MAEs are in meV/atom and meV/angstrom, means
-over tasks; all on the validation structures with the averaged weights, the one with `raw` in its name without. A line
-has the mean over the seeds and what each of them gave.
+(those of all groups together). `criterion` is that of the evaluation (error over the spread of the labels, mean over
+tasks; lower is better), MAEs are in meV/atom and meV/angstrom, means over tasks; all on validation structures and with
+the averaged weights, `raw_criterion` without averaging. A line has the mean over the seeds; `each_criterion` is theirs.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from rung.model.config import read_config
-from rung.pretrain.bench import RankPool, machine
+from rung.pretrain.bench import machine
+from rung.pretrain.bench_ranks import TIMEOUT, RankPool
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.engine import connect
 from rung.pretrain.evaluation import Evaluated
@@ -41,42 +40,48 @@ COMMON = [
     "model={channels: 32, num_layers: 2, l_max: 2}",
     "data={max_atoms: 128, max_edges: 4096}",
     "optimizer.warmup_steps=20",
-    "evaluation={every: 1000000, max_structures: 200}",
+    "evaluation={every: 1000000, max_structures: 120}",
     "save_every=1000000",
-    "log_every=160",
+    "log_every=240",
 ]
 REPTILE = ["mode=reptile", "reptile.tasks_per_outer=2", "reptile.inner_steps=8"]
+LONG = ["reptile.inner_steps=20", "optimizer.lr=6e-3"]
+ONE_TASK = ["reptile.tasks_per_outer=1"]
 NESTEROV = ["reptile.outer_optimizer=nesterov", "reptile.outer_momentum=0.5"]
 DILOCO = ["reptile.outer_optimizer=nesterov", "reptile.outer_momentum=0.9", "reptile.outer_rate=0.3"]
 # study -> (variant, ranks, what it changes)
 STUDIES: dict[str, list[tuple[str, int, list[str]]]] = {
-    "reference": [("joint", 1, ["mode=joint"]), ("joint, two ranks", 2, ["mode=joint"])],
+    "reference": [("joint", 1, ["mode=joint"]), ("joint, lr 6e-3", 1, ["mode=joint", "optimizer.lr=6e-3"])],
     "groups": [
         ("float32", 2, REPTILE),
         ("bfloat16", 2, [*REPTILE, "reptile.exchange=bfloat16"]),
         ("overlap", 2, [*REPTILE, "reptile.overlap=true"]),
-        ("overlap, bfloat16", 2, [*REPTILE, "reptile.overlap=true", "reptile.exchange=bfloat16"]),
+        ("overlap, rate 0.5", 2, [*REPTILE, "reptile.overlap=true", "reptile.outer_rate=0.5"]),
+        ("overlap, lr 6e-3", 2, [*REPTILE, "reptile.overlap=true", "optimizer.lr=6e-3"]),
+        ("overlap, 20 inner steps, lr 6e-3", 2, [*REPTILE, *LONG, "reptile.overlap=true"]),
         ("momentum 0.5", 2, [*REPTILE, "reptile.outer_optimizer=momentum", "reptile.outer_momentum=0.5"]),
         ("nesterov 0.5", 2, [*REPTILE, *NESTEROV]),
         ("nesterov 0.9, rate 0.3", 2, [*REPTILE, *DILOCO]),
-        ("nesterov 0.5, overlap", 2, [*REPTILE, *NESTEROV, "reptile.overlap=true"]),
         ("inner_state task", 2, [*REPTILE, "reptile.inner_state=task"]),
         ("inner_state reset", 2, [*REPTILE, "reptile.inner_state=reset"]),
-        ("20 inner steps", 2, [*REPTILE, "reptile.inner_steps=20"]),
         ("20 inner steps, nesterov 0.5", 2, [*REPTILE, *NESTEROV, "reptile.inner_steps=20"]),
+        ("lr 6e-3", 2, [*REPTILE, "optimizer.lr=6e-3"]),
+        ("20 inner steps, lr 6e-3", 2, [*REPTILE, *LONG]),
     ],
     "serial": [
         ("2 tasks, 8 steps", 1, REPTILE),
-        ("1 task, 8 steps", 1, [*REPTILE, "reptile.tasks_per_outer=1"]),
-        ("1 task, 2 steps", 1, [*REPTILE, "reptile.tasks_per_outer=1", "reptile.inner_steps=2"]),
+        ("1 task, 8 steps", 1, [*REPTILE, *ONE_TASK]),
+        ("1 task, 2 steps", 1, [*REPTILE, *ONE_TASK, "reptile.inner_steps=2"]),
         ("4 tasks, 2 steps", 1, [*REPTILE, "reptile.tasks_per_outer=4", "reptile.inner_steps=2"]),
         ("2 tasks, 8 steps, nesterov 0.5", 1, [*REPTILE, *NESTEROV]),
         ("2 tasks, 8 steps, nesterov 0.9, rate 0.3", 1, [*REPTILE, *DILOCO]),
-        ("2 tasks, 8 steps, rate 0.5", 1, [*REPTILE, "reptile.outer_rate=0.5"]),
-        ("1 task, 8 steps, rate 0.5", 1, [*REPTILE, "reptile.tasks_per_outer=1", "reptile.outer_rate=0.5"]),
-        ("2 tasks, 8 steps, inner_state task", 1, [*REPTILE, "reptile.inner_state=task"]),
-        ("1 task, 8 steps, inner_state task", 1, [*REPTILE, "reptile.tasks_per_outer=1", "reptile.inner_state=task"]),
+        ("1 task, 8 steps, rate 0.5", 1, [*REPTILE, *ONE_TASK, "reptile.outer_rate=0.5"]),
+        ("1 task, 8 steps, inner_state task", 1, [*REPTILE, *ONE_TASK, "reptile.inner_state=task"]),
         ("2 tasks, 8 steps, lr 6e-3", 1, [*REPTILE, "optimizer.lr=6e-3"]),
+        ("2 tasks, 8 steps, lr 1.2e-2", 1, [*REPTILE, "optimizer.lr=1.2e-2"]),
+        ("2 tasks, 2 steps, lr 6e-3", 1, [*REPTILE, "reptile.inner_steps=2", "optimizer.lr=6e-3"]),
+        ("1 task, 2 steps, lr 6e-3", 1, [*REPTILE, *ONE_TASK, "reptile.inner_steps=2", "optimizer.lr=6e-3"]),
+        ("1 task, 1 step", 1, [*REPTILE, *ONE_TASK, "reptile.inner_steps=1"]),
     ],
 }
 Figures = dict[str, float]
@@ -85,7 +90,7 @@ Figures = dict[str, float]
 def train(kept: dict[str, Any], words: list[str]) -> Figures:
     """Train a whole run on the ranks of a pool and return its errors, the same on every rank."""
     config = read_config(PretrainConfig, None, words)
-    ranks = connect(timedelta(minutes=5), lambda size: task_groups(config, size))
+    ranks = connect(TIMEOUT, lambda size: task_groups(config, size))
     with Run(config, ranks, False) as run, Interrupt() as interrupt:
         run.train(interrupt)
         raw = run.evaluation.run(run.potential)
@@ -120,9 +125,10 @@ def variant(pools: Sequence[RankPool], words: Sequence[str], seeds: Sequence[int
 def main() -> None:
     """Print the lines, and append them to a file where one is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=640, help="optimizer steps of a run; a multiple of 160 is best")
+    parser.add_argument("--steps", type=int, default=480, help="optimizer steps of a run; a multiple of 240 is best")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--out", type=Path, help="file to append the lines to")
     arguments = parser.parse_args()
 
@@ -140,10 +146,12 @@ def main() -> None:
         }
         for study in arguments.only:
             for name, ranks, words in STUDIES[study]:
-                steps = arguments.steps // (ranks if "mode=joint" in words else 1)  # of equally many structures
-                found = variant(pools[ranks], [f"steps={steps}", *words], arguments.seeds)
+                if arguments.variants and name not in arguments.variants:
+                    continue
+                found = variant(pools[ranks], [f"steps={arguments.steps}", *words], arguments.seeds)
                 line: dict[str, Any] = {"name": "outer_exchange", "study": study, "variant": name, "ranks": ranks}
-                line |= {"steps": steps, "seeds": arguments.seeds, "changes": words}
+                line |= {"steps": arguments.steps, "seeds": arguments.seeds}
+                line["changes"] = dict(word.split("=", 1) for word in words)
                 means = {key: mean(figures[key] for figures in found) for key in found[0]}
                 line |= {key: float(f"{value:.4g}") for key, value in means.items()}
                 write(line | {"each_criterion": [round(figures["criterion"], 4) for figures in found]})

@@ -33,6 +33,7 @@ class Batch:
     """
 
     keys: tuple[str, ...]  # names of the structures, for error messages and tests
+    element_counts: Mapping[int, int]  # atoms of each atomic number: what the host must know without asking the device
     numbers: Tensor  # int64 [N], atomic numbers
     positions: Tensor  # float32 [N, 3], angstrom
     structure: Tensor  # int64 [N], index of each atom's structure
@@ -328,7 +329,13 @@ def _batch(samples: Samples, graph: Graph, fidelity_index: Mapping[str, int]) ->
     tensors = {
         name: torch.from_numpy(np.require(array, requirements=["C", "W", "O"])) for name, array in arrays.items()
     }
-    return Batch(keys=tuple(table.keys.tolist()), **tensors)
+    return Batch(keys=tuple(table.keys.tolist()), element_counts=count_elements(table.numbers), **tensors)
+
+
+def count_elements(numbers: NDArray[np.integer[Any]]) -> dict[int, int]:
+    """Return the number of atoms of each atomic number that occurs."""
+    found, counts = np.unique(numbers, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def _row(fidelity: str, fidelity_index: Mapping[str, int]) -> int:

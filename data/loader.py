@@ -28,6 +28,11 @@ def only(number: int) -> int:
     return 0
 
 
+def all_of_them(stream: int) -> bool:
+    """Say of every stream that the rank reads it."""
+    return True
+
+
 class _Consumers(IterableDataset[tuple[Batch, int, dict[str, Any]]]):
     """The consumers of one rank: a worker process plays one and yields batches, their streams and the states after."""
 
@@ -80,7 +85,8 @@ class BatchLoader:
     """Endless iterator of Batch for one rank, from one stream or from several in a given order.
 
     `make_streams[i](consumer, num_consumers)` opens the i-th stream of one consumer; with `num_workers` > 0 every
-    worker process is a consumer of its own, else the rank is. `order(n)` says which stream the rank's n-th batch comes from (a
+    worker process is a consumer of its own, else the rank is. `reads(i)` says whether this rank ever reads the i-th
+    stream. `order(n)` says which stream the rank's n-th batch comes from (a
     pure function: workers make batches ahead). `prefetch` batches per worker are made ahead. `cutoff` is in angstrom.
     `pin_memory` puts batches into page-locked memory and needs a GPU.
 
@@ -95,6 +101,7 @@ class BatchLoader:
         budget: Budget,
         *,
         order: Callable[[int], int] = only,
+        reads: Callable[[int], bool] = all_of_them,
         num_workers: int = 0,
         prefetch: int = 4,
         rank: int = 0,
@@ -109,6 +116,7 @@ class BatchLoader:
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._num_streams = len(make_streams)
+        self._reads = reads
         self._consumers = _Consumers(make_streams, order, lambda: Batcher(fidelity_index, cutoff, budget), rank, world)
         self._iterator: Iterator[tuple[Batch, int, dict[str, Any]]] | None = None
         self._states: list[ConsumerState] = []
@@ -162,23 +170,26 @@ class BatchLoader:
             self._set(*before)
             raise
 
-    def redeal(self, states: Sequence[Mapping[str, Any]], batches: int) -> None:
+    def redeal(
+        self, states: Sequence[Mapping[str, Any]], batches: int, readers: Callable[[int], Sequence[int]] | None = None
+    ) -> None:
         """Continue with this rank's part of what another number of ranks or workers had left; `states` by rank.
 
-        `batches` is the number of the next batch, which `order` is asked for. No structure is seen twice in an epoch
-        and none is left out, up to the latest epoch that a consumer had begun.
+        `batches` is the number of the next batch, which `order` is asked for. `readers(i)` are the ranks of before that
+        the i-th stream was dealt to (None: all). No structure is seen twice in an epoch and none is left out, up to the
+        latest epoch that a consumer had begun.
         Raises ValueError naming what differs when the states are of other data or another seed.
         """
         for state in states:
             if state.get("version") != STATE_VERSION:
                 raise ValueError(f"loader state: version: expected {STATE_VERSION}, found {state.get('version')}")
-        before: list[ConsumerState] = [consumer for state in states for consumer in state["consumers"]]
         self.close()
         self._set(self._unbegun(), batches)
         dealt = self._unbegun()
         for stream in range(self._num_streams):
-            saved = [consumer[stream] for consumer in before]
-            if any(state is not None for state in saved):
+            ranks = range(len(states)) if readers is None else readers(stream)
+            saved = [consumer[stream] for rank in ranks for consumer in states[rank]["consumers"]]
+            if self._reads(stream) and any(state is not None for state in saved):
                 for consumer in range(len(dealt)):
                     opened = self._consumers.open(consumer, stream)
                     opened.redeal(saved)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rung.data.batch import Batch
+from rung.data.batch import Batch, count_elements
 from rung.kernels import Edges, VectorMessage, use_backend
 from rung.kernels.bench import ATOMS, CUTOFF, L_MAX, MOLECULES, NUM_RADIAL, molecules
 from rung.kernels.measure import Timer
@@ -43,6 +43,7 @@ def workload(device: str) -> Batch:
     elements = torch.tensor(ELEMENTS)[torch.randint(len(ELEMENTS), (N,), generator=generator)]
     batch = Batch(
         keys=tuple(map(str, range(M))),
+        element_counts=count_elements(elements.numpy()),
         numbers=elements,
         positions=positions,
         structure=torch.arange(M).repeat_interleave(ATOMS),
@@ -97,9 +98,10 @@ def compiled_network(model: Potential, batch: Batch) -> Network:
     import torch._dynamo
 
     torch._dynamo.config.trace_autograd_ops = True
-    groups = layers.ElementGroups.of(model.element_row[batch.numbers], len(ELEMENTS))
+    counts = [batch.element_counts.get(number, 0) for number in ELEMENTS]
+    groups = layers.ElementGroups.of(model.element_row[batch.numbers], counts)
     vars(layers).update(convolve=_flat_convolve, invariants=_flat_invariants())
-    vars(potential).update(ElementGroups=_Fixed(groups))  # its counts are read from the device
+    vars(potential).update(ElementGroups=_Fixed(groups))
 
     def network(radial_ER: Tensor, harmonics_EL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _, energy_M = model._energies(batch, radial_ER, harmonics_EL)

@@ -7,6 +7,7 @@ K invariants, S elements.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,10 +35,9 @@ class ElementGroups(NamedTuple):
     counts: list[int]  # atoms of each of the S elements
 
     @classmethod
-    def of(cls, element_N: Tensor, num_elements: int) -> ElementGroups:
-        """Group atoms by their element's row. The counts are read back from the device: do it once for a batch."""
-        counts = torch.bincount(element_N, minlength=num_elements).tolist()
-        return cls(element_N.argsort(stable=True), counts)
+    def of(cls, element_N: Tensor, counts: Sequence[int]) -> ElementGroups:
+        """Group atoms by their element's row; `counts` are the atoms of each row, which the host knows beforehand."""
+        return cls(element_N.argsort(stable=True), list(counts))
 
     def linear(self, x_NC: Tensor, weight_SCC: Tensor) -> Tensor:
         """Return x @ weight of each atom's element [N, C]; an element without atoms costs nothing."""

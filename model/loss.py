@@ -112,8 +112,8 @@ def mean_loss(means: Tensor, config: LossConfig) -> Tensor:
     Both parts are without their weights.
     """
     parts = means[..., 0].sqrt() + means[..., 1] if config.kind == "rmse_mae" else means[..., 0]
-    weights = parts.new_tensor([config.energy_weight, config.forces_weight])
-    return torch.cat([(parts * weights).sum(-1, keepdim=True), parts], dim=-1)
+    energy, forces = parts.unbind(-1)
+    return torch.stack([config.energy_weight * energy + config.forces_weight * forces, energy, forces], dim=-1)
 
 
 def _penalties(residual: Tensor, absent: Tensor, weight: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:

@@ -218,7 +218,7 @@ class Potential(nn.Module):
         config = self.config
         edges = Edges(batch.receivers, batch.senders, batch.row_ptr, batch.reverse)
         element_N = self.element_row[batch.numbers]
-        elements = ElementGroups.of(element_N, len(config.elements))
+        elements = ElementGroups.of(element_N, [batch.element_counts.get(number, 0) for number in config.elements])
         charge_M = self.charge_row[batch.charge + CHARGE_OFFSET]
         multiplicity_M = self.multiplicity_row[batch.multiplicity]
         h_NC = self.embedding(element_N, charge_M, multiplicity_M, batch.structure)

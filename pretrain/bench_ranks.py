@@ -7,17 +7,20 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from datetime import timedelta
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 import torch
+import torch.distributed
 
 from rung.kernels.memory import keep_freed_memory
 from rung.pretrain.engine import disconnect
-from rung.pretrain.network import free_port
 from rung.pretrain.ranks import Ranks
 
+TIMEOUT = timedelta(minutes=5)
 Times = dict[str, list[tuple[float, float]]]  # of what took turns: seconds of the clock and of the processor
 
 
@@ -28,9 +31,9 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(size)]
         self._pipes = [ours for ours, _ in pairs]
-        port = free_port()
+        self._folder = TemporaryDirectory()  # where they meet: a free port might be another's by then
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, port, pipe), daemon=True)
+            context.Process(target=_serve, args=(rank, size, f"{self._folder.name}/store", pipe), daemon=True)
             for rank, (_, pipe) in enumerate(pairs)
         ]
         for process, (_, pipe) in zip(self._processes, pairs, strict=True):
@@ -71,16 +74,19 @@ class RankPool:
                 pipe.send(None)
             else:
                 process.kill()
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.join()
             pipe.close()
+        self._folder.cleanup()
 
 
-def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, OMP_NUM_THREADS="1")
+def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in place.items()})
     os.dup2(2, 1)  # standard output is for the lines
     torch.set_num_threads(1)
     keep_freed_memory()
+    torch.distributed.init_process_group(init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)
     kept: dict[str, Any] = {}
     while (message := pipe.recv()) is not None:
         function, arguments = message

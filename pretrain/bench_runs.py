@@ -8,14 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from rung.data.batch import Batch
-from rung.pretrain.bench_ranks import Times, take_turns
+from rung.pretrain.bench_ranks import TIMEOUT, Times, take_turns
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.engine import Engine, connect
 from rung.pretrain.interval import Interval
@@ -42,7 +41,7 @@ class Trainer:
     @classmethod
     def of(cls, config: PretrainConfig) -> Self:
         """Return this rank's part of a run of all ranks of its pool."""
-        ranks = connect(timedelta(minutes=5), lambda size: task_groups(config, size))
+        ranks = connect(TIMEOUT, lambda size: task_groups(config, size))
         plan = make_plan(config, ranks.world.size)
         module = make_module(config, plan, ranks)
         return cls(config, ranks, plan, module, Engine(module, config.optimizer, plan.deepspeed, ranks))
@@ -188,7 +187,7 @@ def time_outer_steps(kept: dict[str, Any], config: PretrainConfig, turns: int) -
         def outer_step(outer: Outer = outer) -> None:
             outer.add(engine.masters(), (ranks.group, 1.0))
             outer.finish([(0, 1.0), (1, 1.0)])
-            engine.write_masters(outer.phi)
+            engine.write_masters(outer.start)
 
         functions[name] = outer_step
         if name == "overlap":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rung.model.config import read_config, to_yaml
 from rung.pretrain.config import PretrainConfig
-from rung.pretrain.exit_status import BAD_INPUT, DIVERGED, FAILED, FINISHED, STOPPED, leave
+from rung.pretrain.exit_status import BAD_INPUT, DIVERGED, FAILED, FINISHED, STOPPED, RunFailed, leave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
         return FINISHED if pretrain(config, resume=args.resume) else STOPPED
     except FloatingPointError as error:
         return _failed(error, DIVERGED)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError):
-        raise
-    except OSError as error:  # a rank is lost or a disk is full: the same command with --resume may go on
+    except (ConnectionError, TimeoutError, RunFailed) as error:
         return _failed(error, FAILED)
 
 

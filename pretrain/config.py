@@ -86,7 +86,7 @@ class OptimizerConfig:
     final_lr_fraction: float = 0.01  # of lr, at the end of the cosine
     gradient_clipping: float = 10.0  # largest gradient norm; 0: off
     zero_stage: int = 0  # 1, 2: optimizer state (and gradients) partitioned over the ranks
-    max_skipped: int = 20  # steps with a loss or gradient that is not finite, before the run stops
+    max_skipped: int = 20  # steps that are not finite, in log intervals that all have some, before the run stops
 
     def __post_init__(self) -> None:
         _require(self.name in ("soap", "adamw", "muon"), "optimizer.name", "soap, adamw or muon", self.name)
@@ -129,10 +129,11 @@ class ReptileConfig:
     outer_rate: float = 1.0  # epsilon in phi <- phi + epsilon * mean(phi_task - phi)
     outer_optimizer: Literal["sgd", "momentum", "nesterov"] = "sgd"  # what steps along the mean; sgd: plain Reptile
     outer_momentum: float = 0.9
-    # The inner optimizer's moments: one set per group, one per group and task, or none that outlive a task.
+    # The inner optimizer's moments: one set per group, one per group and task, or none that outlive a task (then soap,
+    # whose first step only starts its bases, moves nothing in one of inner_steps steps).
     inner_state: Literal["group", "task", "reset"] = "group"
     exchange: Literal["float32", "bfloat16"] = "float32"  # what groups send; rounding errors go into the next exchange
-    overlap: bool = False  # exchange while the next inner steps run: the weights they start from are one outer step old
+    overlap: bool = False  # exchange while the next inner steps run: other groups' results come one outer step later
 
     def __post_init__(self) -> None:
         for name in ("inner_steps", "tasks_per_outer"):
@@ -145,6 +146,11 @@ class ReptileConfig:
             ("exchange", ("float32", "bfloat16")),
         ):
             _require(getattr(self, name) in known, f"reptile.{name}", ", ".join(known), getattr(self, name))
+        if self.overlap and self.outer_optimizer == "momentum":
+            raise ValueError(
+                "reptile.outer_optimizer: momentum and results that come one outer step late swing ever further; with "
+                "reptile.overlap=true use sgd or nesterov"
+            )
 
 
 @dataclass(frozen=True)
@@ -193,8 +199,9 @@ class PretrainConfig:
     reptile: ReptileConfig = field(default_factory=ReptileConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    ema_decay: float = 0.995  # of the averaged weights that are evaluated and served; 0: the raw weights
-    log_every: int = 50  # steps
+    # Per step (reptile: outer step), of the averaged weights, which are evaluated and served; 0: the raw weights.
+    ema_decay: float = 0.995
+    log_every: int = 50  # steps; ranks look for a stop signal as often
     save_every: int = 1000  # steps
     keep_states: int = 2
     stop_at: int | None = None  # save the state and leave at this step, for queues with short jobs; --resume goes on
@@ -220,6 +227,16 @@ class PretrainConfig:
             _require(
                 drawn <= len(names), "reptile.tasks_per_outer", f"at most the number of tasks, {len(names)}", drawn
             )
+            if drawn == len(names) and weighted:
+                raise ValueError(
+                    f"tasks: weight: every outer step trains on all {drawn} tasks (reptile.tasks_per_outer): weights "
+                    "choose nothing; leave them out, draw fewer tasks, or set outer_weight"
+                )
+            if self.reptile.inner_state == "reset" and self.reptile.inner_steps == 1 and self.optimizer.name == "soap":
+                raise ValueError(
+                    "reptile.inner_steps: with inner_state=reset the first step on a task only starts soap's bases: "
+                    "expected at least 2, found 1"
+                )
         _require(0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)", self.ema_decay)
 
 

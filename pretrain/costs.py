@@ -141,7 +141,7 @@ def outer_collectives(
         part = sum(padded) // world.data_ranks
         found.append(Collective("outer", "all_reduce", element * part, world.groups, across=True))
     if world.data_ranks > 1:
-        writes = reptile.tasks_per_outer // world.groups
+        writes = reptile.tasks_per_outer // world.groups + reptile.overlap
         found += [Collective("outer", "all_gather", FLOAT * group, world.data_ranks, writes) for group in padded]
     return found
 

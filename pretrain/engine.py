@@ -241,8 +241,9 @@ class Engine:
 
     def _slice(self, whole: Tensor) -> Tensor:
         """Return this data rank's partition of a vector with one element for each of the weights."""
-        ranks = self.ranks.world.data_ranks
-        return resplit([whole], len(whole), self.ranks.data_rank, ranks, -(-len(whole) // ranks))
+        length = -(-len(whole) // self.ranks.world.data_ranks)
+        part = whole[self.ranks.data_rank * length : (self.ranks.data_rank + 1) * length]
+        return torch.nn.functional.pad(part, (0, length - len(part))) if len(part) < length else part
 
     def _resplit(self, parts: Sequence[Tensor], group: int) -> Tensor:
         """Return this rank's partition of one of ZeRO's parameter groups from another world's partitions of it."""

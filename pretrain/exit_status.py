@@ -14,6 +14,10 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not finished, and the state is saved;
 VARIABLE = "RUNG_EXIT_STATUS_FILE"  # a file of the supervisor's machine, set by it
 
 
+class RunFailed(OSError):
+    """A run that was going on could not go on; starting it again may help."""
+
+
 def leave(status: int) -> None:
     """Write the exit status where the supervisor of this machine looks for it: torchrun ends with 1 whatever it is.
 

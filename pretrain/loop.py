@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import torch
 
 from rung.data.batch import Budget
 from rung.kernels.memory import keep_freed_memory
@@ -16,6 +20,7 @@ from rung.pretrain.config import PretrainConfig
 from rung.pretrain.ema import Ema
 from rung.pretrain.engine import Engine, connect, disconnect
 from rung.pretrain.evaluation import Evaluated, Evaluation
+from rung.pretrain.exit_status import RunFailed
 from rung.pretrain.interrupt import Interrupt
 from rung.pretrain.interval import Interval
 from rung.pretrain.metrics import MetricsWriter
@@ -24,7 +29,7 @@ from rung.pretrain.ranks import Ranks
 from rung.pretrain.rounds import MODES
 from rung.pretrain.schedule import learning_rate
 from rung.pretrain.state import TrainingState
-from rung.pretrain.state_folder import BEST, state_document, state_tensors
+from rung.pretrain.state_folder import BEST, STATE_FILE, state_document, state_tensors
 from rung.pretrain.step import StepModule
 from rung.pretrain.store import StateStore
 
@@ -38,7 +43,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> bool:
         ValueError: the datasets do not have what the config asks for, or a saved state does not fit it.
         FileExistsError: the folder holds a run and `resume` is not set.
         FloatingPointError: more than `optimizer.max_skipped` steps were not finite.
-        OSError: the last state could not be written.
+        RunFailed: what a training run met on its way: the last state could not be written, a shard is gone.
         ConnectionError: a rank is lost or stands still.
     """
     if not resume and (Path(config.output) / "state" / "latest").exists():
@@ -46,13 +51,24 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> bool:
     keep_freed_memory()
     ranks = connect(timedelta(minutes=config.world.timeout_minutes), lambda size: task_groups(config, size))
     try:
-        with ranks.naming_the_absent(), Run(config, ranks, resume) as run, Interrupt() as interrupt:
-            finished = run.train(interrupt)
-            if finished:
-                run.export()
+        with Interrupt() as interrupt:
+            with ranks.naming_the_absent():
+                run = Run(config, ranks, resume)
+            with run, ranks.naming_the_absent(), failing_as_a_run():
+                return run.train(interrupt) and run.export()
     finally:
         disconnect()
-    return finished
+
+
+@contextmanager
+def failing_as_a_run() -> Iterator[None]:
+    """Turn an OSError within the block into a RunFailed: what could be read at the start is gone, a disk is full."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError, RunFailed):
+        raise
+    except OSError as error:
+        raise RunFailed(str(error)) from error
 
 
 class Run:
@@ -62,6 +78,7 @@ class Run:
         self.config = config
         self.ranks = ranks
         self.folder = Path(config.output)
+        torch.manual_seed(config.seed + ranks.rank)  # else torch begins at random
         self.plan = make_plan(config, ranks.world.size)
         self.potential = make_potential(self.plan).to(ranks.device).train()
         self.potential.checkpoint_layers = config.activation_checkpointing
@@ -73,11 +90,14 @@ class Run:
         self.ema = Ema(self.potential, config.ema_decay)
         identity = {**to_mapping(config), "datasets": list(self.plan.datasets)}
         self.state = TrainingState(engine, self.ema, self.rounds, identity, self.plan.steps_per_round)
-        self.store = StateStore(self.folder / "state", ranks, config.keep_states, tell=print)
+        self.store = StateStore(self.folder / "state", ranks, config.keep_states, tell=self._tell)
+        self.skipped_lately = 0  # in the latest log intervals that all have some
         note = ""
         if resume:
             place = self.store.find()
             note = f"resumed from {place}; {self.state.load(place)}".rstrip("; ")
+        if config.stop_at is not None and self.state.step >= config.stop_at:
+            raise ValueError(f"stop_at: the state is of step {self.state.step}; expected a later one, or none")
         self.writer = MetricsWriter(
             self.folder, ranks.rank, self.state.step, self.plan.steps, wandb=config.wandb, config=to_mapping(config)
         )
@@ -112,19 +132,21 @@ class Run:
             self.writer.advance(plan.steps_per_round)
             last = index == plan.rounds - 1
             stop = config.stop_at is not None and state.step >= config.stop_at
-            if self._due(config.log_every) or last or stop:
+            evaluate = self._due(config.evaluation.every) and not last
+            save = self._due(config.save_every) or last or stop
+            if self._due(config.log_every) or evaluate or save:
                 stop |= self._log()
-            best = self._due(config.evaluation.every) and not last and self._evaluate()
-            if self._due(config.save_every) or best or last or stop:
+            best = evaluate and self._evaluate()
+            if save or best or stop:
                 self.store.save(state.step, state.snapshot(), state.document(), best=best)
             if stop and not last:
-                self.store.wait()
+                self._wait_for_state()
                 self.writer.print(f"stopped at step {state.step} of {plan.steps}; go on with --resume")
                 return False
         return True
 
-    def export(self) -> None:
-        """Evaluate the averaged weights and write them as a checkpoint, the raw ones beside.
+    def export(self) -> bool:
+        """Evaluate the averaged weights and write them as a checkpoint, the raw ones beside; return True.
 
         When an earlier evaluation was better, those weights become a second checkpoint.
         """
@@ -132,16 +154,32 @@ class Run:
             last = self.evaluation.run(self.potential)
         self.writer.evaluation(self.state.step, last.metrics, last.criterion)
         self._write_checkpoint("checkpoint", last)
-        self.store.wait()
-        if self.state.best is not None and last.criterion is not None and self.state.best < last.criterion:
-            place = self.store.folder.path / self.store.folder.pointer(BEST)
-            step = state_document(place)["step"]
+        self._wait_for_state()
+        if (place := self._better_state(last.criterion)) is not None:
             self.ema.load(state_tensors(place, "ema.safetensors"), 0)
             with self.ema.applied():
                 best = self.evaluation.run(self.potential)
-            self.writer.print(f"step {step} was better than the last: criterion {best.criterion:.4g}")
+            self.writer.print(f"{place.name} was better than the last: criterion {best.criterion:.4g}")
             self._write_checkpoint("checkpoint_best", best)
         self.ranks.barrier()
+        return True
+
+    def _better_state(self, criterion: float | None) -> Path | None:
+        """Return the state of the best evaluation if it was better than this; all ranks agree."""
+        place = self.store.folder.path / self.store.folder.pointer(BEST)
+        found = state_document(place)["best"] if (place / STATE_FILE).is_file() else None
+        value = torch.tensor([math.inf if found is None else found], dtype=torch.float64, device=self.ranks.device)
+        worst = self.ranks.max_all_(value).item()  # infinite where one rank does not see it
+        return place if criterion is not None and worst < criterion else None
+
+    def _wait_for_state(self) -> None:
+        """Wait until the state is on the disk, on all ranks; rank 0 serves them until then."""
+        self.store.wait()
+        self.ranks.barrier()
+
+    def _tell(self, text: str) -> None:
+        writer = getattr(self, "writer", None)  # there is none yet while a state is looked for
+        print(text) if writer is None else writer.print(text)
 
     def _due(self, interval: int) -> bool:
         """Return whether the round that just ended crossed a multiple of `interval` steps."""
@@ -152,18 +190,18 @@ class Run:
         state, limit = self.state, self.config.optimizer.max_skipped
         totals = self.interval.read()
         state.skipped += totals.skipped
+        self.skipped_lately = self.skipped_lately + totals.skipped if totals.skipped else 0
         rate = learning_rate(state.step - 1, self.plan.steps, self.config.optimizer)
         self.writer.train(self.interval.close(totals, state.step, state.skipped, rate))
         while (saved := self.store.poll()) is not None:
             if saved.error is not None and self.ranks.rank == 0:
                 self.writer.warn(f"{saved.error}; the states before it are as they were")
-        if state.skipped > limit:
-            self.store.save(state.step, state.snapshot(), state.document())  # skipped steps changed nothing
-            self.store.wait()
+        if self.skipped_lately > limit:
+            self._wait_for_state()
             raise FloatingPointError(
-                f"step {state.step}: {state.skipped} steps had a loss or gradient that is not finite, "
+                f"step {state.step}: {self.skipped_lately} steps had a loss or gradient that is not finite, "
                 f"optimizer.max_skipped is {limit}; look for wrong labels ('rung data inspect') or lower optimizer.lr; "
-                "the last good weights are saved: go on with --resume and a larger max_skipped"
+                "none of them changed the weights: --resume goes on from the last state"
             )
         return totals.stop > 0
 

@@ -47,6 +47,19 @@ class Plan:
         weights = tuple(task.weight for task in self.tasks)
         return assign_tasks(config.seed, outer, weights, config.reptile.tasks_per_outer, self.world.groups)
 
+    def readers(self, config: PretrainConfig, world: World, stream: int) -> range:
+        """Return the ranks of a world that a stream's structures are dealt to: of all tasks (joint), or of one.
+
+        Where every group has the same tasks in every outer step, a task's are dealt to its group; else to all ranks, of
+        which those read that are in a group that has the task just then.
+        """
+        drawn = config.reptile.tasks_per_outer
+        if config.mode == "joint" or drawn < len(self.tasks) or drawn % world.groups:
+            return range(world.size)
+        weights = tuple(task.weight for task in self.tasks)
+        groups = assign_tasks(config.seed, 0, weights, drawn, world.groups)
+        return world.group_ranks(next(group for group, tasks in enumerate(groups) if stream in tasks))
+
     def outer_task(self, task: int) -> tuple[int, float]:
         """Return a task's fidelity (row) and its weight in an outer step."""
         return self.fidelity_index[self.tasks[task].fidelity], self.outer_weights[task]
@@ -122,7 +135,8 @@ def deepspeed_settings(config: OptimizerConfig, num_parameters: int, micro_batch
     Batches are ours, so the batch size is a formality. Clipping is always named, because DeepSpeed clips at 1.0
     without the key; without ZeRO the engine clips, so that the norm is computed once. overlap_comm would reduce
     gradients in the order of arrival, which may differ between ranks. ZeRO allocates its bucket in full at every step,
-    5e8 elements unless it is told how many there are.
+    5e8 elements unless it is told how many there are; reduce_scatter would send the same bytes in more pieces. The
+    throughput timer waits for the device twice a step.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -131,10 +145,12 @@ def deepspeed_settings(config: OptimizerConfig, num_parameters: int, micro_batch
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": False,
+            "reduce_scatter": False,
             "reduce_bucket_size": num_parameters,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
     }
 
 
@@ -156,7 +172,7 @@ def describe(plan: Plan, config: PretrainConfig) -> str:
         f"{budget.micro_batches} batch(es) per rank and step of at most {budget.max_atoms} atoms and "
         f"{budget.max_edges} edges",
         *(
-            f"task {name}: {count} labelled structures, share {task.weight:.3f}"
+            f"task {name}: {count} labelled structures, {_share(config, task.weight)}"
             for name, count, task in zip(plan.task_names, plan.counts, plan.tasks, strict=True)
         ),
         f"scale {plan.scale:.4f} eV (RMS of the training forces in eV/angstrom)",
@@ -168,6 +184,15 @@ def describe(plan: Plan, config: PretrainConfig) -> str:
         f"deepspeed {plan.deepspeed}",
     ]
     return "\n".join(lines)
+
+
+def _share(config: PretrainConfig, weight: float) -> str:
+    """Return in words how often a task of this weight is trained on."""
+    if config.mode == "joint":
+        return f"share {weight:.3f}"
+    if config.reptile.tasks_per_outer == len(config.tasks):
+        return "in every outer step"
+    return f"drawn with weight {weight:.3f} for an outer step"
 
 
 def _energies(e0: Mapping[int, float]) -> str:

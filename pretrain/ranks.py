@@ -51,6 +51,19 @@ class Traffic:
             yield
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A collective that is under way."""
+
+    work: torch.distributed.Work
+    traffic: Traffic
+
+    def wait(self) -> None:
+        """Wait until its tensor may be used."""
+        with self.traffic.waiting("outer"):
+            self.work.wait()
+
+
 class Ranks:
     """This rank's place in the world and its process groups; also DeepSpeed's `mpu` (its description of the groups).
 
@@ -78,7 +91,7 @@ class Ranks:
         """Return the group of these ranks, of which this one is; two of the same ranks are one.
 
         Only its members make a group: with all of them taking part in all groups, the start would grow with the square
-        of the number of ranks.
+        of the number of ranks. Every rank makes as many groups in the same order, which NCCL needs when it splits them.
         """
         if members not in self._made:
             self._made[members] = torch.distributed.new_group(
@@ -129,7 +142,7 @@ class Ranks:
                 torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self._all)
         return tensor
 
-    def exchange_(self, tensor: Tensor) -> torch.distributed.Work | None:
+    def exchange_(self, tensor: Tensor) -> Pending | None:
         """Begin to add up the tensor over the task groups, in place; `wait()` on what is returned (None: it is done).
 
         Every rank exchanges with those that have the same data rank in the other groups.
@@ -137,8 +150,8 @@ class Ranks:
         if self.world.groups == 1:
             return None
         with self.traffic.collective("outer", tensor.nbytes):
-            work: torch.distributed.Work = torch.distributed.all_reduce(tensor, group=self._exchange, async_op=True)
-        return work
+            work = torch.distributed.all_reduce(tensor, group=self._exchange, async_op=True)
+        return Pending(work, self.traffic)
 
     def barrier(self) -> None:
         """Wait for every rank.

@@ -23,6 +23,7 @@ from rung.pretrain.plan import Plan
 from rung.pretrain.reptile import Outer
 from rung.pretrain.schedule import learning_rate
 from rung.pretrain.stopwatch import Stopwatch
+from rung.pretrain.world import World
 
 
 class Rounds(Protocol):
@@ -37,6 +38,9 @@ class Rounds(Protocol):
 
         `stop` says that this rank was asked to stop, which the totals tell.
         """
+
+    def readers(self, world: World, stream: int) -> range:
+        """Return the ranks of a world that the loader's i-th stream is dealt to."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what the next round needs beside weights, inner optimizer and loader."""
@@ -60,6 +64,10 @@ class Joint:
         with self.data_wait:
             batches = [_next(self.loader, self._plan.model) for _ in range(self.batches_per_round)]
         return self._engine.step(batches, rate, stop=stop)
+
+    def readers(self, world: World, stream: int) -> range:
+        """See `Rounds`."""
+        return self._plan.readers(self._config, world, stream)
 
     def state(self) -> dict[str, Tensor]:
         """See `Rounds`."""
@@ -87,8 +95,8 @@ class Reptile:
         groups = plan.assigned(self._config, index)
         totals = engine.zero_totals()
         for number, task in enumerate(groups[engine.ranks.group]):
-            if number > 0:  # the first begins where the round before has left the weights: at phi
-                engine.write_masters(self._outer.phi)
+            if number > 0 or reptile.overlap:  # else it begins where the round before has left the weights: at phi
+                engine.write_masters(self._outer.start)
             engine.use_inner_state({"group": "", "task": f"task{task}", "reset": None}[reptile.inner_state])
             for inner in range(reptile.inner_steps):
                 # Counted as if the tasks ran side by side, so that the rate does not depend on the number of groups.
@@ -97,8 +105,7 @@ class Reptile:
                 totals += engine.step(self._batches(task), rate, stop=stop)
             self._outer.add(engine.masters(), plan.outer_task(task))
         tasks = [plan.outer_task(task) for group in groups for task in group]
-        with engine.ranks.traffic.waiting("outer"):
-            self._outer.finish(tasks, last=index == plan.rounds - 1)
+        self._outer.finish(tasks, last=index == plan.rounds - 1)
         engine.write_masters(self._outer.phi)
         return totals
 
@@ -110,10 +117,17 @@ class Reptile:
         """See `Rounds`."""
         self._outer.load_state(self._engine.masters(), state)
 
+    def readers(self, world: World, stream: int) -> range:
+        """See `Rounds`."""
+        return self._plan.readers(self._config, world, stream)
+
     def _batches(self, task: int) -> list[Batch]:
         """Return one step's batches, whose only task is this one."""
         with self.data_wait:
             batches = [_next(self.loader, self._plan.model) for _ in range(self._config.data.micro_batches)]
+        row, _ = self._plan.outer_task(task)
+        if any((batch.fidelity != row).any() for batch in batches):
+            raise RuntimeError(f"loader: expected structures of task {self._plan.task_names[task]}, found others'")
         return [replace(batch, task=torch.full_like(batch.task, task)) for batch in batches]
 
 
@@ -128,14 +142,19 @@ def _group_tasks(plan: Plan, config: PretrainConfig) -> int:
 def make_loader(engine: Engine, plan: Plan, config: PretrainConfig) -> BatchLoader:
     """Return this rank's batches: of the tasks mixed by weight (joint), or of each round's tasks in turn (reptile).
 
-    Every rank, whatever its group, reads its own share of every task's structures.
+    A task's structures are dealt to the ranks that `plan.readers` names.
     """
     data, ranks = config.data, engine.ranks
     mixes = [plan.tasks] if config.mode == "joint" else [(task,) for task in plan.tasks]
 
     def maker(index: int) -> MakeStream:
+        readers = plan.readers(config, plan.world, index)
+
         def make_stream(consumer: int, num_consumers: int) -> MixedStream:
-            return open_tasks(mixes[index], seed=config.seed, rank=consumer, world=num_consumers, max_bad=data.max_bad)
+            workers = num_consumers // plan.world.size
+            rank, worker = divmod(consumer, workers)
+            number, count = readers.index(rank) * workers + worker, len(readers) * workers
+            return open_tasks(mixes[index], seed=config.seed, rank=number, world=count, max_bad=data.max_bad)
 
         return make_stream
 
@@ -149,6 +168,7 @@ def make_loader(engine: Engine, plan: Plan, config: PretrainConfig) -> BatchLoad
         plan.model.cutoff,
         Budget(data.max_atoms, data.max_edges),
         **({} if config.mode == "joint" else {"order": task_of}),
+        reads=lambda index: ranks.rank in plan.readers(config, plan.world, index),
         num_workers=data.num_workers,
         prefetch=data.prefetch,
         rank=ranks.rank,

@@ -29,8 +29,9 @@ from rung.pretrain.world import World
 
 # What may change between a stop and a resume: none of it changes what is computed, but for the order of batches.
 FREE_FIELDS = (
-    "activation_checkpointing", "data.num_workers", "data.prefetch", "data.remote", "evaluation", "keep_states",
-    "log_every", "output", "save_every", "stop_at", "wandb", "world",
+    "activation_checkpointing", "data.max_bad", "data.num_workers", "data.prefetch", "data.remote", "evaluation",
+    "keep_states",
+    "log_every", "optimizer.max_skipped", "output", "save_every", "stop_at", "wandb", "world",
 )  # fmt: skip
 
 
@@ -81,14 +82,16 @@ class TrainingState:
         saved = state_document(place)
         self._check(place, saved["config"])
         ranks, before = self.engine.ranks, World(saved["world"], saved["groups"])
-        self.step, self.skipped, self.best = saved["step"], saved["skipped"], saved["best"]
+        self.step, self.skipped = saved["step"], saved["skipped"]
+        same_evaluation = saved["config"]["evaluation"] == _plain(self.config)["evaluation"]
+        self.best = saved["best"] if same_evaluation else None  # else the numbers are of other structures
         weights, averages = (state_tensors(place, f"{name}.safetensors") for name in ("model", "ema"))
         self.engine.write_parameters([weights[name] for name, _ in self.ema.module.named_parameters()])
         self.ema.load(averages, saved["ema_updates"])
         same_ranks = before == ranks.world
         parts = _Parts(place, before)
         group = ranks.group if before.groups == ranks.world.groups else ranks.group % before.groups
-        self.engine.load_optimizer_state([parts.of(rank, "optimizer") for rank in before.group_ranks(group)])
+        self.engine.load_optimizer_state(_inner_states(parts, before, group, before.groups == ranks.world.groups))
         self.rounds.load_state(self._outer(parts, before, group, saved["partitions"]))
         if same_ranks:
             random = parts.of(ranks.rank, "rng")
@@ -101,7 +104,8 @@ class TrainingState:
             loader.load_state(mine)
             return ""
         batches = self.step // self.steps_per_round * self.rounds.batches_per_round
-        loader.redeal([state_document(place, _loader_file(rank)) for rank in range(before.size)], batches)
+        states = [state_document(place, _loader_file(rank)) for rank in range(before.size)]
+        loader.redeal(states, batches, lambda stream: self.rounds.readers(before, stream))
         return f"saved by {before.size} rank(s) in {before.groups} group(s): what is left of the epochs is dealt again"
 
     def _outer(self, parts: _Parts, before: World, group: int, sizes: Sequence[int]) -> dict[str, Tensor]:
@@ -120,7 +124,7 @@ class TrainingState:
         return state
 
     def _check(self, place: Path, saved: Mapping[str, Any]) -> None:
-        before, now = _flat(saved), _flat(json.loads(json.dumps(self.config)))  # tuples as lists, like the saved one
+        before, now = _flat(saved), _flat(_plain(self.config))
         changed = [
             f"{key}: {before.get(key)} -> {now.get(key)}"
             for key in sorted({*before, *now})
@@ -145,6 +149,32 @@ class _Parts:
             self._files[rank] = state_tensors(self._place, _tensor_file(rank))
         named = (name.split("/", 1) for name in self._files[rank])
         return {name: self._files[rank][f"{kind}/{name}"] for found, name in named if found == kind}
+
+
+def _inner_states(parts: _Parts, before: World, group: int, only_its_own: bool) -> list[dict[str, Tensor]]:
+    """Return the optimizer's states of a group of before, by data rank, and those of tasks that other groups had."""
+    groups = [group] if only_its_own else [group, *(other for other in range(before.groups) if other != group)]
+    states = {other: [parts.of(rank, "optimizer") for rank in before.group_ranks(other)] for other in groups}
+    owner: dict[str, int] = {}
+    for other in groups:
+        for name in {_name(key) for share in states[other] for key in share}:
+            at_home = name.startswith("task") and int(name.removeprefix("task")) % before.groups == other
+            if name not in owner and (name or other == group) or at_home and not only_its_own:
+                owner[name] = other  # a task's home group knows it best
+    return [
+        {key: value for other in groups for key, value in states[other][rank].items() if owner.get(_name(key)) == other}
+        for rank in range(before.data_ranks)
+    ]
+
+
+def _name(key: str) -> str:
+    return key.split("/", 1)[0]
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config as JSON gives it back: tuples as lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
 
 
 def _tensor_file(rank: int) -> str:

@@ -171,12 +171,16 @@ class StateStore:
     def wait(self) -> Outcome | None:
         """Wait for the save in progress and return how it ended; None: nothing ended that was not told of before.
 
+        An earlier save that failed and was not told of is only told.
+
         Raises:
             OSError: it failed; names the rank and the file. TimeoutError, which is one: a rank did not answer.
         """
         self._join()
         outcome = self._outcomes.pop() if self._outcomes else None
-        self._outcomes.clear()
+        while (earlier := self.poll()) is not None:
+            if earlier.error is not None and self.ranks.rank == 0:
+                self._tell(f"{earlier.error}; a later one was begun since")
         if outcome is not None and outcome.error is not None:
             raise outcome.error
         return outcome
@@ -194,7 +198,7 @@ class StateStore:
         write_file(path, content)
 
     def _join(self) -> None:
-        """Wait for the thread; raises TimeoutError when rank 0 stands still, whose store a thread waits for for ever."""
+        """Wait for the thread; raises TimeoutError when rank 0, whose store the thread asks, stands still."""
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(LONGEST_PAUSE)
             asked = self._asked

@@ -11,13 +11,13 @@ from rung.model.layers import ElementGroups
 def test_each_atom_is_multiplied_by_the_weight_of_its_element() -> None:
     element_N = torch.tensor([2, 0, 2, 3, 0])  # no atom of element 1
     x_NC, weight_SCC = torch.randn(5, 3).double(), torch.randn(4, 3, 3).double()
-    found = ElementGroups.of(element_N, 4).linear(x_NC, weight_SCC)
+    found = ElementGroups.of(element_N, [2, 0, 2, 1]).linear(x_NC, weight_SCC)
     expected = torch.stack([x_NC[i] @ weight_SCC[element] for i, element in enumerate(element_N.tolist())])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_derivatives_agree_with_finite_differences() -> None:
-    groups = ElementGroups.of(torch.tensor([2, 0, 2]), 4)
+    groups = ElementGroups.of(torch.tensor([2, 0, 2]), [1, 0, 2, 0])
     x_NC = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     weight_SCC = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rung.model.config import read_config
-from rung.pretrain import bench, costs
+from rung.pretrain import bench, bench_runs, costs
 from rung.pretrain.bench_ranks import Company, RankPool
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.plan import make_plan
@@ -23,16 +23,16 @@ def config(config_words: list[str]) -> PretrainConfig:
 
 def values(line: dict[str, Any]) -> list[float]:
     """Return all numbers of a line."""
-    found = []
+    found: list[float] = []
     for value in line.values():
         found += values(value) if isinstance(value, dict) else [value] if isinstance(value, int | float) else []
     return found
 
 
 def test_reptile_keeps_the_rest_of_the_config(config: PretrainConfig) -> None:
-    run = bench.reptile(config, groups=1, exchange="bfloat16")
+    run = bench_runs.reptile(config, groups=1, exchange="bfloat16")
     assert (run.mode, run.world.groups, run.reptile.exchange) == ("reptile", 1, "bfloat16")
-    assert run.reptile.inner_steps == bench.INNER_STEPS
+    assert run.reptile.inner_steps == bench_runs.INNER_STEPS
     assert (run.data, run.optimizer, run.model) == (config.data, config.optimizer, config.model)
 
 
@@ -68,18 +68,18 @@ def test_a_pool_calls_on_every_rank_and_tells_what_failed() -> None:
 
 @pytest.mark.slow
 def test_the_bare_step_is_the_engines(config: PretrainConfig) -> None:
-    adamw, soap = {"name": "adamw", "zero_stage": 1}, {"name": "soap", "precondition_frequency": 2}
+    adamw = replace(config.optimizer, name="adamw", zero_stage=1)
+    soap = replace(config.optimizer, name="soap", precondition_frequency=2)
     with RankPool(2) as pool:
-        for changes in (adamw, soap):
-            run = replace(config, optimizer=replace(config.optimizer, **changes))
-            for found in pool(bench.compare_steps, run, 4, 2):
+        for optimizer in (adamw, soap):
+            for found in pool(bench_runs.compare_steps, replace(config, optimizer=optimizer), 4, 2):
                 assert found.apart < 1e-6 < 1e-3 < found.moved
                 assert {name: len(times) for name, times in found.times.items()} == {"engine": 4, "bare": 4}
 
 
 @pytest.mark.slow
 def test_bytes_are_those_of_the_gradients_and_the_weights(config: PretrainConfig) -> None:
-    steps = 2 * bench.INNER_STEPS  # joint; one round of two groups
+    steps = 2 * bench_runs.INNER_STEPS  # joint; one round of two groups
     lines = [line for line in bench.bytes_per_structure(config, steps) if line["optimizer"] == "adamw"]
     assert [line["exchange"] for line in lines] == ["float32", "bfloat16"]
     size = make_plan(config, 2).num_parameters
@@ -87,7 +87,7 @@ def test_bytes_are_those_of_the_gradients_and_the_weights(config: PretrainConfig
         counts, joint, reptile = line["structures"], line["joint"], line["reptile"]
         step = 4 * size + costs.statistics_bytes(len(config.tasks))
         assert joint["inner"] * counts["joint"] == pytest.approx(2 * steps * step, rel=1e-3)
-        assert reptile["outer"] * counts[line["exchange"]] == pytest.approx(2 * element * size, rel=1e-3)
+        assert reptile["outer"] * counts["reptile"] == pytest.approx(2 * element * size, rel=1e-3)
         assert joint["outer"] == reptile["inner"] == 0
         assert 0 < reptile["report"] < reptile["outer"]
         assert line["ratio"] == pytest.approx(reptile["outer"] / joint["inner"], rel=1e-3)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -254,9 +255,21 @@ def reading_steps(structures: Sequence[Structure], config: OptimizerConfig) -> l
     for _ in range(2):  # SOAP's bases begin with an eigh, which checks its result
         engine.step([batch, batch], 1e-3)
     with NoReading() as mode:
+        for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__"):
+            setattr(torch.Tensor, name, recorded(getattr(torch.Tensor, name), mode.found))
+        accelerator = get_accelerator()
+        accelerator.synchronize = recorded(accelerator.synchronize, mode.found)
         for _ in range(11):  # more than one period of the bases
             engine.step([batch, batch], 1e-3)
     return mode.found
+
+
+def recorded(function: Any, calls: list[str]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append("".join(traceback.format_stack(limit=14)))
+        return function(*args, **kwargs)
+
+    return call
 
 
 @pytest.mark.parametrize("name", ["soap", "adamw", "muon"])

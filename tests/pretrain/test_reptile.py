@@ -101,13 +101,18 @@ def test_an_exchange_in_bfloat16_loses_nothing_in_the_long_run() -> None:
 
 
 def test_overlap_applies_an_exchange_one_outer_step_later() -> None:
-    outer = make_outer(torch.zeros(1), groups=2, overlap=True)
+    """The other group adds twice as much each time; its part is not in the start of the very next outer step."""
+
+    def exchange(tensor: Tensor) -> None:
+        tensor *= 3
+
+    outer = Outer(torch.zeros(2), torch.tensor([SHARED, 0]), ReptileConfig(overlap=True), exchange, 2)
     seen = []
     for difference in (1.0, 10.0, 100.0):
-        outer.add(outer.phi + difference, (0, 1.0))
-        outer.finish([(0, 1.0)], last=difference == 100.0)
-        seen.append(outer.phi.item())
-    assert seen == [0.0, 1.0, 111.0]
+        outer.add(outer.start + difference, (0, 1.0))
+        outer.finish([(0, 1.0), (1, 2.0)], last=difference == 100.0)
+        seen.append((outer.phi.tolist(), outer.start.tolist()))
+    assert seen == [([0, 0], [1, 1]), ([1, 3], [11, 13]), ([111, 333], [111, 333])]
 
 
 @pytest.mark.parametrize("options", [{}, {"outer_optimizer": "nesterov", "exchange": "bfloat16", "overlap": True}])
@@ -116,14 +121,14 @@ def test_a_saved_state_goes_on_bit_for_bit(options: dict[str, Any]) -> None:
     differences = torch.randn(6, 7, generator=random)
     whole, first = (make_outer(torch.zeros(7), groups=2, **options) for _ in range(2))
     for index, difference in enumerate(differences):
-        whole.add(whole.phi + difference, (0, 1.0))
+        whole.add(whole.start + difference, (0, 1.0))
         whole.finish([(0, 1.0)])
         if index == 2:
             saved = {name: tensor.clone() for name, tensor in first.state().items()}
             weights = first.phi.clone()
             first = make_outer(torch.ones(7), groups=2, **options)
             first.load_state(weights, saved)
-        first.add(first.phi + difference, (0, 1.0))
+        first.add(first.start + difference, (0, 1.0))
         first.finish([(0, 1.0)])
     assert torch.equal(whole.phi, first.phi)
 
