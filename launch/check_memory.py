@@ -17,8 +17,10 @@ from rung.data.stream import LabelReader
 from rung.data.structure import Structure
 from rung.launch.check_site import Check, Site, Verdict, gibibytes
 from rung.pretrain.config import PretrainConfig
+from rung.pretrain.ema import Ema
 from rung.pretrain.engine import Engine
 from rung.pretrain.plan import Plan, make_potential
+from rung.pretrain.reptile import Outer
 from rung.pretrain.step import StepModule
 
 SAMPLED = 256  # structures of a task's densest shard
@@ -72,7 +74,14 @@ def _memory(site: Site) -> dict[str, Any]:
     potential.checkpoint_layers = config.activation_checkpointing
     module = StepModule(potential, config.loss, ranks.sum_, ranks.world.data_ranks, len(plan.tasks))
     engine = Engine(module, config.optimizer, plan.deepspeed, ranks)
-    for _ in range(STEPS):
+    held: list[object] = [Ema(potential, config.ema_decay)]
+    names = [""]  # of the inner states
+    if config.mode == "reptile":
+        held.append(Outer(engine.masters(), engine.master_rows(), config.reptile, ranks.exchange_, plan.world.groups))
+        if config.reptile.inner_state == "task":
+            names = [f"task{task}" for task in range(len(plan.tasks))]
+    for number in range(max(STEPS, len(names))):
+        engine.use_inner_state(names[number % len(names)])
         engine.step([batch] * config.data.micro_batches, config.optimizer.lr)
     size = {"structures": batch.num_structures, "atoms": batch.num_atoms, "edges": batch.num_edges}
     return {**size, "peak": _peak(ranks.device) - before, "free": free}

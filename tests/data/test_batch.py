@@ -67,8 +67,8 @@ def test_types_and_missing_labels() -> None:
     for item in dataclasses.fields(Batch):
         declared = item.metadata.get("dtype") or {
             "numbers": torch.int64, "structure": torch.int64, "charge": torch.int64, "multiplicity": torch.int64,
-            "fidelity": torch.int64, "task": torch.int64, "receivers": torch.int32, "senders": torch.int32, "row_ptr": torch.int32,
-            "reverse": torch.int32, "energy": torch.float64,
+            "fidelity": torch.int64, "task": torch.int64, "receivers": torch.int32, "senders": torch.int32,
+            "row_ptr": torch.int32, "reverse": torch.int32, "energy": torch.float64,
         }.get(item.name, torch.float32)  # fmt: skip
         if item.name not in ("keys", "element_counts"):
             assert getattr(batch, item.name).dtype == declared, item.name
