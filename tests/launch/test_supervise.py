@@ -175,20 +175,11 @@ def test_the_command_ends_when_the_supervisor_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "kills"),
-    [("ranks", [(1, 4)]), ("torchrun", [(1, 4), (0, 16)])],  # (rank, after the state of which step)
-    ids=["ranks", "torchrun"],
-)
-def test_a_run_whose_ranks_are_killed_ends_with_the_undisturbed_weights(
-    launcher: str, kills: Sequence[tuple[int, int]], tmp_path: Path
-) -> None:
+def test_a_run_whose_ranks_are_killed_ends_with_the_undisturbed_weights(tmp_path: Path) -> None:
+    kills = [(1, 4), (0, 16)]  # (rank, after the state of which step)
     words = ["debug", "steps=40", "save_every=4", "log_every=40", "evaluation={every: 40, max_structures: 8}"]
-    if launcher == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-        start += ["rung.pretrain", *words]
-    else:
-        start = [sys.executable, "-m", "rung.pretrain", *words, "--ranks=2"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    start += ["rung.pretrain", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*start, f"output={whole}"], check=True, env=environment, capture_output=True, timeout=120)

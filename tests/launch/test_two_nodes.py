@@ -203,7 +203,7 @@ def test_a_node_with_another_config_is_named(nodes: tuple[Node, Node], tmp_path:
 
 
 def test_a_wrong_interface_is_told_from_a_missing_rank(nodes: tuple[Node, Node], tmp_path: Path) -> None:
-    tasks = srun(nodes, tmp_path, ["rung.launch", "check", *config(tmp_path), "--timeout", "5"])
+    tasks = srun(nodes, tmp_path, ["rung.launch", "check", *config(tmp_path), "--timeout", "3"])
     results = start([(node, words, {**variables, "GLOO_SOCKET_IFNAME": "lo"}) for node, words, variables in tasks])
     assert any("cannot reach each other" in output and "set GLOO_SOCKET_IFNAME" in output for _, output in results)
     assert [status for status, _ in results] == [1, 1], results

@@ -38,10 +38,8 @@ OPTIMIZERS = {
 }
 WORLDS = {
     "joint, 2 ranks": (2, ["mode=joint", "data.micro_batches=3"]),
-    "joint, 4 ranks": (4, ["mode=joint"]),
     "2 groups of 1": (2, ["mode=reptile"]),
-    "2 groups of 2": (4, ["mode=reptile", "reptile.outer_optimizer=nesterov"]),
-    "2 groups of 2, bf16": (4, ["mode=reptile", "reptile.exchange=bfloat16"]),
+    "2 groups of 2": (4, ["mode=reptile", "reptile.exchange=bfloat16", "reptile.overlap=true"]),
     "1 group of 2": (2, ["mode=reptile", "world.groups=1"]),
 }
 Counted = tuple[dict[str, int], int]  # bytes by purpose; the size of the vector of sums

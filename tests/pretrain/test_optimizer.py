@@ -167,7 +167,7 @@ def train_with_deepspeed(stage: int, clip: float, bad_step: int) -> list[np.ndar
     original_muon.ns_compute_dtype = lambda method="gram": torch.float32  # bfloat16 where it can, to compare it with
     deepspeed.init_distributed("gloo", verbose=False)
     module = Toy()
-    config = OptimizerConfig(name="muon", zero_stage=stage, lr=1e-2, weight_decay=0.1)
+    config = OptimizerConfig(name="muon", zero_stage=stage, lr=1e-2, weight_decay=0.1, gradient_clipping=0.0)
     optimizer = make_optimizer(module, [module.rows_FD], config, zero_muon=muon_optimizer.MuonWithAuxAdam)
     settings = {
         "train_micro_batch_size_per_gpu": 1,

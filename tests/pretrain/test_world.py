@@ -21,7 +21,7 @@ from rung.data.batch import collate
 from rung.data.stream import epoch_structures
 from rung.model.config import read_config
 from rung.pretrain.config import PretrainConfig
-from rung.pretrain.costs import handed, inner_collectives, padded_groups, shapes_of
+from rung.pretrain.costs import handed, inner_collectives, outer_parts, shapes_of
 from rung.pretrain.plan import make_plan, make_potential
 from rung.pretrain.ranks import Ranks
 from rung.pretrain.step import StepModule
@@ -152,7 +152,7 @@ def test_what_stays_on_one_rank_is_not_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", [8, 512])
 @pytest.mark.parametrize("words", ["optimizer.name=soap", "optimizer={name: adamw, zero_stage: 1}"])
 @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning", "ignore:`torch.distributed.:FutureWarning")
 def test_the_real_engine_of_one_rank_of_a_large_world(
@@ -163,11 +163,7 @@ def test_the_real_engine_of_one_rank_of_a_large_world(
     world, potential = World(SIZE, groups), make_potential(make_plan(config, 1))
     shapes = shapes_of(potential, [parameter for _, parameter in potential.fidelity_parameters()])
     assert found["data_parallel"] == list(world.group_ranks(found["group"]))
-    zero = config.optimizer.zero_stage > 0
-    whole = sum(shape.size for shape in shapes)
-    assert found["masters"] == (
-        sum(padded_groups(shapes, config.optimizer, world.data_ranks)) // world.data_ranks if zero else whole
-    )
+    assert found["masters"] == sum(outer_parts(shapes, config.optimizer, world.data_ranks)) // world.data_ranks
     # One step: the first, in which SOAP's bases go round.
     optimizer = dataclasses.replace(config.optimizer, precondition_frequency=1)
     expected = handed(inner_collectives(shapes, optimizer, world, len(config.tasks)), "inner")
