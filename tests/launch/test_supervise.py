@@ -176,8 +176,8 @@ def test_the_command_ends_when_the_supervisor_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_whose_ranks_are_killed_ends_with_the_undisturbed_weights(tmp_path: Path) -> None:
-    kills = [(1, 4), (0, 16)]  # (rank, after the state of which step)
-    words = ["debug", "steps=40", "save_every=4", "log_every=40", "evaluation={every: 40, max_structures: 8}"]
+    kills = [(1, 4)]  # (rank, after the state of which step); test_faults.py has other ranks and moments
+    words = ["debug", "steps=24", "save_every=4", "log_every=24", "evaluation={every: 24, max_structures: 8}"]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     start += ["rung.pretrain", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

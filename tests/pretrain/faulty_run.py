@@ -23,7 +23,7 @@ import torch.utils.tensorboard.writer
 
 from rung.pretrain import loop, store
 from rung.pretrain.cli import main as pretrain_main
-from rung.pretrain.launcher import free_port
+from rung.pretrain.network import free_port
 from rung.pretrain.ranks import Ranks
 from rung.pretrain.reptile import Outer
 from rung.pretrain.rounds import MODES

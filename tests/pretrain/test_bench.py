@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -98,10 +99,10 @@ def test_times_are_times(config: PretrainConfig) -> None:
     makers: list[Callable[[], Any]] = [
         lambda: bench.step_overhead(config, 3, warmup=1),
         lambda: bench.outer_step_ms({"tiny": config}, 3),
-        lambda: bench.two_rank_speedup(config, 1),
+        lambda: islice(bench.two_rank_speedup(config, 1), 1),
     ]
     lines = [line for maker in makers for line in maker()]
-    assert [line["name"] for line in lines] == 2 * ["step_overhead"] + ["outer_step_ms"] + 2 * ["two_rank_speedup"]
+    assert [line["name"] for line in lines] == 2 * ["step_overhead"] + ["outer_step_ms", "two_rank_speedup"]
     assert all(math.isfinite(value) for line in lines for value in values(line))
     assert all(line["engine_ms"] > 0 and line["bare_ms"] > 0 for line in lines[:2])
     assert all(lines[2][form] >= lines[2]["best"][form] > 0 for form in ("float32", "bfloat16", "overlap"))
