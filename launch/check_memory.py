@@ -18,10 +18,9 @@ from rung.data.structure import Structure
 from rung.launch.check_site import Check, Site, Verdict, gibibytes
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.ema import Ema
-from rung.pretrain.engine import Engine
+from rung.pretrain.engine import make_engine
 from rung.pretrain.plan import Plan, make_potential
 from rung.pretrain.reptile import Outer
-from rung.pretrain.step import StepModule
 
 SAMPLED = 256  # structures of a task's densest shard
 HEAD_ROOM = 0.9  # of what is free: the rest is for fragmentation and for what other programs take
@@ -70,10 +69,8 @@ def _memory(site: Site) -> dict[str, Any]:
     ranks, plan, config = site.grouped or site.ranks, site.plan, site.config
     batch = largest_batch(plan, config)
     free, before = _free(ranks.device), _start(ranks.device)
-    potential = make_potential(plan).to(ranks.device).train()
-    potential.checkpoint_layers = config.activation_checkpointing
-    module = StepModule(potential, config.loss, ranks.sum_, ranks.world.data_ranks, len(plan.tasks))
-    engine = Engine(module, config.optimizer, plan.deepspeed, ranks)
+    potential = make_potential(plan).to(ranks.device)
+    engine = make_engine(potential, plan, config, ranks)
     held: list[object] = [Ema(potential, config.ema_decay)]
     names = [""]  # of the inner states
     if config.mode == "reptile":

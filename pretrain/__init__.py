@@ -9,7 +9,7 @@ In: a config (YAML) that names tasks, datasets' fidelities. Out: a folder with m
     step.py        energies, forces and loss      reptile.py     the outer step on tensors
     engine.py      DeepSpeed, and only here       ema.py         averaged weights
     optimizer.py   soap, adamw, muon: soap.py, eigenbasis.py, muon.py
-    world.py       task groups x data ranks       ranks.py       process groups: time-outs, bytes; partition.py
+    world.py       task groups x data ranks       ranks.py       process groups: traffic.py, partition.py
     rendezvous.py  who and where a rank is, from the launcher's variables: slurm.py, network.py, roll_call.py
     launcher.py    --ranks N on this machine      interrupt.py   the polite stop
     state.py       what is saved and put back     store.py       written by threads: state_folder.py, state_search.py

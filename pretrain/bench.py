@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +41,7 @@ from rung.pretrain.bench_runs import (
     run_rounds,
     time_outer_steps,
 )
+from rung.pretrain.cli import find_config
 from rung.pretrain.config import OptimizerConfig, PretrainConfig
 
 BARS = {"step_overhead": 0.15, "bytes_per_structure_ratio": 1.05 / INNER_STEPS, "two_rank_speedup": 1.8}
@@ -217,8 +217,7 @@ def outer_step_ms(configs: Mapping[str, PretrainConfig], turns: int) -> Iterator
 
 def read(name: str) -> PretrainConfig:
     """Return one of the configs of this package, or that of a file."""
-    path = Path(str(files("rung.pretrain.configs") / f"{name}.yaml"))
-    return read_config(PretrainConfig, path if path.exists() else Path(name))
+    return read_config(PretrainConfig, find_config(name))
 
 
 def machine(command: str) -> Line:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from itertools import islice
-from pathlib import Path
 from time import process_time as now  # of one thread: other processes on the machine take little from it
 from typing import Any
 
@@ -24,10 +23,10 @@ from rung.data.loader import BatchLoader
 from rung.data.mixing import MixedStream, open_tasks
 from rung.data.stream import epoch_structures
 from rung.kernels.memory import keep_freed_memory
-from rung.model.config import read_config
 from rung.model.loss import LossConfig, loss_terms, total
 from rung.model.potential import Potential
 from rung.model.predict import error_sums
+from rung.pretrain.bench import machine, read
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.optimizer import make_optimizer
 from rung.pretrain.plan import Plan, make_plan, make_potential
@@ -42,11 +41,6 @@ BETAS = {"soap": (0.95, 0.95), "adamw": (0.9, 0.99), "muon": (0.9, 0.99)}
 TURN_SECONDS = 5.0  # the optimizers take turns, so that all meet the same load of the machine
 PILOT_SHARE = 0.25  # of the seconds, for trying one rate
 NUM_VALIDATION = 128  # structures per task
-
-
-def read(name: str) -> PretrainConfig:
-    """Return one of the configs of this package."""
-    return read_config(PretrainConfig, Path(str(files("rung.pretrain.configs") / f"{name}.yaml")))
 
 
 def batches(plan: Plan, config: PretrainConfig) -> BatchLoader:
@@ -257,6 +251,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
+    print(json.dumps(machine(" ".join([parser.prog, *sys.argv[1:]]))), flush=True)
     for name in arguments.configs:
         rows: Iterable[dict[str, Any]] = compare(name, arguments.seconds)
         if arguments.what == "cost":

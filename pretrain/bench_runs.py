@@ -16,7 +16,7 @@ from torch import Tensor
 from rung.data.batch import Batch
 from rung.pretrain.bench_ranks import TIMEOUT, Times, take_turns
 from rung.pretrain.config import PretrainConfig
-from rung.pretrain.engine import Engine, connect
+from rung.pretrain.engine import Engine, connect, make_module
 from rung.pretrain.interval import Interval
 from rung.pretrain.optimizer import make_optimizer
 from rung.pretrain.plan import Plan, make_plan, make_potential, task_groups
@@ -43,18 +43,12 @@ class Trainer:
         """Return this rank's part of a run of all ranks of its pool."""
         ranks = connect(TIMEOUT, lambda size: task_groups(config, size))
         plan = make_plan(config, ranks.world.size)
-        module = make_module(config, plan, ranks)
+        module = make_module(make_potential(plan).to(ranks.device), plan, config, ranks)
         return cls(config, ranks, plan, module, Engine(module, config.optimizer, plan.deepspeed, ranks))
 
     def rounds(self) -> Rounds:
         """Return the rounds of the run's mode."""
         return MODES[self.config.mode](self.engine, self.plan, self.config)
-
-
-def make_module(config: PretrainConfig, plan: Plan, ranks: Ranks) -> StepModule:
-    """Return the module that a run trains."""
-    potential = make_potential(plan).to(ranks.device).train()
-    return StepModule(potential, config.loss, ranks.sum_, ranks.world.data_ranks, len(plan.tasks))
 
 
 def reptile(config: PretrainConfig, *, groups: int | None = None, **changes: Any) -> PretrainConfig:
@@ -112,7 +106,7 @@ def compare_steps(kept: dict[str, Any], config: PretrainConfig, turns: int, warm
     trainer = Trainer.of(config)
     start = [parameter.clone() for parameter in trainer.engine.parameters()]
     ranks, rate = trainer.ranks, config.optimizer.lr
-    bare_module = make_module(config, trainer.plan, ranks)
+    bare_module = make_module(make_potential(trainer.plan).to(ranks.device), trainer.plan, config, ranks)
     bare = BareStep(bare_module, config, ranks)
     loader = make_loader(trainer.engine, trainer.plan, config)
     batches = [next(loader) for _ in range(8)]

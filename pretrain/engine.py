@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -25,24 +24,17 @@ import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 
 from rung.data.batch import Batch
-from rung.pretrain.config import OptimizerConfig
+from rung.model.potential import Potential
+from rung.pretrain.config import OptimizerConfig, PretrainConfig
 from rung.pretrain.optimizer import make_optimizer
 from rung.pretrain.partition import resplit
+from rung.pretrain.plan import Plan
 from rung.pretrain.ranks import Ranks
 from rung.pretrain.rendezvous import join
 from rung.pretrain.reptile import SHARED
 from rung.pretrain.soap import Soap
 from rung.pretrain.step import NAMES, TASK_NAMES, StepModule
 
-# DeepSpeed's collectives: the argument whose bytes are counted (the whole of what is reduced or gathered), and where it
-# and the group are when they come without their names.
-COLLECTIVES = {
-    "all_reduce": ("tensor", 0, 2),
-    "reduce": ("tensor", 0, 3),
-    "broadcast": ("tensor", 0, 2),
-    "reduce_scatter_tensor": ("input_tensor", 1, 3),
-    "all_gather_into_tensor": ("output_tensor", 0, 2),
-}
 _LOSS, _NORM, _STEPS, _SKIPPED = (NAMES.index(name) for name in ("loss", "grad_norm", "steps", "skipped"))
 
 
@@ -90,6 +82,17 @@ def _deepspeeds_muon() -> type[torch.optim.Optimizer]:
     return muon
 
 
+def make_module(potential: Potential, plan: Plan, config: PretrainConfig, ranks: Ranks) -> StepModule:
+    """Return what a run trains: the potential and its loss over the labels of a task group."""
+    potential.checkpoint_layers = config.activation_checkpointing
+    return StepModule(potential.train(), config.loss, ranks.sum_, ranks.world.data_ranks, len(plan.tasks))
+
+
+def make_engine(potential: Potential, plan: Plan, config: PretrainConfig, ranks: Ranks) -> Engine:
+    """Return the engine that trains this potential in a run."""
+    return Engine(make_module(potential, plan, config, ranks), config.optimizer, plan.deepspeed, ranks)
+
+
 class Engine:
     """A `StepModule` with its optimizer, stepped by DeepSpeed over the ranks of a task group.
 
@@ -115,14 +118,13 @@ class Engine:
         self._module = module
         self._dtype = next(module.parameters()).dtype
         self._num_elements = sum(parameter.numel() for parameter in module.parameters())
+        self._slice_length = -(-self._num_elements // ranks.world.data_ranks)
         self._counted_always = torch.zeros_like(self.zero_totals(), dtype=torch.bool)
         self._counted_always[_SKIPPED + 1 : len(NAMES)] = True  # sizes, and whether to stop
-        self._purpose = "start"  # of DeepSpeed's collectives, for the count
         self._engine, self._wrapper, _, _ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=dict(settings), mpu=ranks
         )
-        self._count_collectives()
-        self._purpose = "inner"
+        ranks.traffic.count_deepspeeds(deepspeed.comm.comm.cdb)
         self._inner_states: dict[str, Any] = {"": self._optimizer.state}
         self._inner_state = ""
 
@@ -198,17 +200,17 @@ class Engine:
         if self._zero:
             for master, value in zip(self._zero_masters(), torch.split(values, self.partition_sizes()), strict=True):
                 master.copy_(value)
-            with self._counted_as("outer"):
+            with self.ranks.traffic.deepspeeds_for("outer"):
                 self._wrapper.update_lp_params()
             return
         whole, parameters = self.ranks.gather(values), self.parameters()
         sizes = [parameter.numel() for parameter in parameters]
-        for parameter, value in zip(parameters, torch.split(whole[: sum(sizes)], sizes), strict=True):
+        for parameter, value in zip(parameters, torch.split(whole[: self._num_elements], sizes), strict=True):
             parameter.copy_(value.view_as(parameter))
 
     def partition_sizes(self) -> list[int]:
         """Return the number of elements of each piece of this rank's masters: one, or one for each of ZeRO's groups."""
-        return [piece.numel() for piece in (self._zero_masters() if self._zero else [self.masters()])]
+        return [master.numel() for master in self._zero_masters()] if self._zero else [self._slice_length]
 
     def repartition(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """Return this rank's part of a vector like `masters()` that other ranks had in parts, by data rank.
@@ -241,7 +243,7 @@ class Engine:
 
     def _slice(self, whole: Tensor) -> Tensor:
         """Return this data rank's partition of a vector with one element for each of the weights."""
-        length = -(-len(whole) // self.ranks.world.data_ranks)
+        length = self._slice_length
         part = whole[self.ranks.data_rank * length : (self.ranks.data_rank + 1) * length]
         return torch.nn.functional.pad(part, (0, length - len(part))) if len(part) < length else part
 
@@ -324,32 +326,3 @@ class Engine:
     def _stepped(self) -> list[Tensor]:
         """Return the tensors that the optimizer steps: parameters, or with ZeRO this rank's partitions of them."""
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-
-    # Counting
-
-    def _count_collectives(self) -> None:
-        """Let DeepSpeed's collectives tell `ranks.traffic`; the backend object is the one place they all go through."""
-        backend = deepspeed.comm.comm.cdb
-        for name in COLLECTIVES:
-            setattr(backend, name, self._counted(name, getattr(type(backend), name).__get__(backend)))
-
-    def _counted(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        argument, place, group_place = COLLECTIVES[name]
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            group = args[group_place] if len(args) > group_place else kwargs.get("group")
-            if torch.distributed.get_world_size(group) == 1:
-                return collective(*args, **kwargs)
-            tensor = args[place] if len(args) > place else kwargs[argument]
-            with self.ranks.traffic.collective(self._purpose, tensor.nbytes):
-                return collective(*args, **kwargs)
-
-        return counted
-
-    @contextmanager
-    def _counted_as(self, purpose: str) -> Iterator[None]:
-        before, self._purpose = self._purpose, purpose
-        try:
-            yield
-        finally:
-            self._purpose = before

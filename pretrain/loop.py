@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,7 @@ from rung.model.checkpoint import save_checkpoint
 from rung.model.config import to_mapping
 from rung.pretrain.config import PretrainConfig
 from rung.pretrain.ema import Ema
-from rung.pretrain.engine import Engine, connect, disconnect
+from rung.pretrain.engine import connect, disconnect, make_engine
 from rung.pretrain.evaluation import Evaluated, Evaluation
 from rung.pretrain.exit_status import RunFailed
 from rung.pretrain.interrupt import Interrupt
@@ -30,7 +31,6 @@ from rung.pretrain.rounds import MODES
 from rung.pretrain.schedule import learning_rate
 from rung.pretrain.state import TrainingState
 from rung.pretrain.state_folder import BEST, STATE_FILE, state_document, state_tensors
-from rung.pretrain.step import StepModule
 from rung.pretrain.store import StateStore
 
 
@@ -80,16 +80,16 @@ class Run:
         self.folder = Path(config.output)
         torch.manual_seed(config.seed + ranks.rank)  # else torch begins at random
         self.plan = make_plan(config, ranks.world.size)
-        self.potential = make_potential(self.plan).to(ranks.device).train()
-        self.potential.checkpoint_layers = config.activation_checkpointing
-        module = StepModule(self.potential, config.loss, ranks.sum_, ranks.world.data_ranks, len(self.plan.tasks))
-        engine = Engine(module, config.optimizer, self.plan.deepspeed, ranks)
+        self.potential = make_potential(self.plan).to(ranks.device)
+        engine = make_engine(self.potential, self.plan, config, ranks)
         self.rounds = MODES[config.mode](engine, self.plan, config)
         budget = Budget(config.data.max_atoms, config.data.max_edges)
         self.evaluation = Evaluation(self.plan, config.evaluation, ranks, budget)
         self.ema = Ema(self.potential, config.ema_decay)
         identity = {**to_mapping(config), "datasets": list(self.plan.datasets)}
-        self.state = TrainingState(engine, self.ema, self.rounds, identity, self.plan.steps_per_round)
+        self.state = TrainingState(
+            engine, self.ema, self.rounds, identity, self.plan.steps_per_round, partial(self.plan.readers, config)
+        )
         self.store = StateStore(self.folder / "state", ranks, config.keep_states, tell=self._tell)
         self.skipped_lately = 0  # in the latest log intervals that all have some
         note = ""

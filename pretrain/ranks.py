@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -15,53 +14,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from rung.pretrain.traffic import Pending, Traffic
 from rung.pretrain.world import World
 
 ROLL_CALL_SECONDS = 10.0
-
-
-@dataclass
-class Traffic:
-    """What one rank has handed to collectives, by purpose: `inner` within the task group, `outer` across groups.
-
-    `bytes` counts the tensors as they are handed over, once each; what travels on the wire depends on the algorithm (a
-    ring all-reduce of n ranks sends 2 (n - 1) / n times as much per rank). `seconds` is the time the host spent waiting
-    in them, which on a GPU, where collectives run on the device's own stream, is nearly nothing.
-    """
-
-    bytes: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def waiting(self, purpose: str) -> Iterator[None]:
-        """Add the time of the block to the time spent in collectives."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - begin
-
-    @contextmanager
-    def collective(self, purpose: str, size: int) -> Iterator[None]:
-        """Count one collective of `size` bytes and the time in it."""
-        self.bytes[purpose] = self.bytes.get(purpose, 0) + size
-        self.calls[purpose] = self.calls.get(purpose, 0) + 1
-        with self.waiting(purpose):
-            yield
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A collective that is under way."""
-
-    work: torch.distributed.Work
-    traffic: Traffic
-
-    def wait(self) -> None:
-        """Wait until its tensor may be used."""
-        with self.traffic.waiting("outer"):
-            self.work.wait()
 
 
 class Ranks:

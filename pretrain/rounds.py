@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rung.data.batch import Batch, Budget
-from rung.data.loader import BatchLoader, MakeStream
+from rung.data.loader import BatchLoader, MakeStream, only
 from rung.data.mixing import MixedStream, open_tasks
 from rung.model.config import ModelConfig
 from rung.pretrain.config import PretrainConfig
@@ -23,7 +23,6 @@ from rung.pretrain.plan import Plan
 from rung.pretrain.reptile import Outer
 from rung.pretrain.schedule import learning_rate
 from rung.pretrain.stopwatch import Stopwatch
-from rung.pretrain.world import World
 
 
 class Rounds(Protocol):
@@ -38,9 +37,6 @@ class Rounds(Protocol):
 
         `stop` says that this rank was asked to stop, which the totals tell.
         """
-
-    def readers(self, world: World, stream: int) -> range:
-        """Return the ranks of a world that the loader's i-th stream is dealt to."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what the next round needs beside weights, inner optimizer and loader."""
@@ -64,10 +60,6 @@ class Joint:
         with self.data_wait:
             batches = [_next(self.loader, self._plan.model) for _ in range(self.batches_per_round)]
         return self._engine.step(batches, rate, stop=stop)
-
-    def readers(self, world: World, stream: int) -> range:
-        """See `Rounds`."""
-        return self._plan.readers(self._config, world, stream)
 
     def state(self) -> dict[str, Tensor]:
         """See `Rounds`."""
@@ -117,10 +109,6 @@ class Reptile:
         """See `Rounds`."""
         self._outer.load_state(self._engine.masters(), state)
 
-    def readers(self, world: World, stream: int) -> range:
-        """See `Rounds`."""
-        return self._plan.readers(self._config, world, stream)
-
     def _batches(self, task: int) -> list[Batch]:
         """Return one step's batches, whose only task is this one."""
         with self.data_wait:
@@ -167,7 +155,7 @@ def make_loader(engine: Engine, plan: Plan, config: PretrainConfig) -> BatchLoad
         plan.fidelity_index,
         plan.model.cutoff,
         Budget(data.max_atoms, data.max_edges),
-        **({} if config.mode == "joint" else {"order": task_of}),
+        order=only if config.mode == "joint" else task_of,
         reads=lambda index: ranks.rank in plan.readers(config, plan.world, index),
         num_workers=data.num_workers,
         prefetch=data.prefetch,

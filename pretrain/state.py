@@ -12,7 +12,7 @@ optimizer's state is dealt again by parameters or partitions, and what is left o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ from rung.pretrain.world import World
 # What may change between a stop and a resume: none of it changes what is computed, but for the order of batches.
 FREE_FIELDS = (
     "activation_checkpointing", "data.max_bad", "data.num_workers", "data.prefetch", "data.remote", "evaluation",
-    "keep_states",
-    "log_every", "optimizer.max_skipped", "output", "save_every", "stop_at", "wandb", "world",
+    "keep_states", "log_every", "optimizer.max_skipped", "output", "save_every", "stop_at", "wandb", "world",
 )  # fmt: skip
 
 
@@ -44,6 +43,7 @@ class TrainingState:
     rounds: Rounds
     config: Mapping[str, Any]  # the resolved config and the datasets' digests, plain values
     steps_per_round: int
+    readers: Callable[[World, int], range]  # the ranks of a world that the loader's i-th stream is dealt to
     step: int = 0
     skipped: int = 0
     best: float | None = None  # the lowest criterion of an evaluation so far
@@ -105,7 +105,7 @@ class TrainingState:
             return ""
         batches = self.step // self.steps_per_round * self.rounds.batches_per_round
         states = [state_document(place, _loader_file(rank)) for rank in range(before.size)]
-        loader.redeal(states, batches, lambda stream: self.rounds.readers(before, stream))
+        loader.redeal(states, batches, lambda stream: self.readers(before, stream))
         return f"saved by {before.size} rank(s) in {before.groups} group(s): what is left of the epochs is dealt again"
 
     def _outer(self, parts: _Parts, before: World, group: int, sizes: Sequence[int]) -> dict[str, Tensor]:

@@ -17,11 +17,10 @@ from rung.data.batch import Batch, collate
 from rung.data.structure import Structure
 from rung.model.config import read_config
 from rung.pretrain.config import PretrainConfig
-from rung.pretrain.engine import Engine, connect
+from rung.pretrain.engine import connect, make_engine
 from rung.pretrain.plan import Plan, make_plan, make_potential, task_groups
 from rung.pretrain.rounds import Reptile
 from rung.pretrain.schedule import assign_tasks, draw_tasks
-from rung.pretrain.step import StepModule
 
 ROUNDS = 3
 
@@ -61,12 +60,11 @@ def trained_once(structures: Sequence[Structure], words: list[str], double: bool
     config = read_config(PretrainConfig, None, words)
     ranks = connect(timedelta(minutes=2), lambda size: task_groups(config, size))
     plan = make_plan(config, ranks.world.size)
-    potential = make_potential(plan).train()
+    potential = make_potential(plan)
     if double:  # DeepSpeed reduces no gradients of this type, unless its accelerator says that it can
         potential = potential.double()
         get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float64]
-    module = StepModule(potential, config.loss, ranks.sum_, ranks.world.data_ranks, len(plan.tasks))
-    engine = Engine(module, config.optimizer, plan.deepspeed, ranks)
+    engine = make_engine(potential, plan, config, ranks)
     rounds = Reptile(engine, plan, config)
     rounds.loader = GivenBatches(structures, plan, config, ranks.group, ranks.data_rank)  # type: ignore[assignment]
     for index in range(ROUNDS):

@@ -101,7 +101,7 @@ WORLDS = [
 def test_another_number_of_ranks_goes_on(
     mode: str, before: int, after: int, config_words: list[str], run_ranks: Any, tmp_path: Path
 ) -> None:
-    """Nothing is seen twice in the epoch and nothing is left out; the optimizer's state is in `test_engine`."""
+    """It goes on and ends; what becomes of the optimizer's state is in `test_engine`, of the epochs in tests/data."""
     words = [*config_words, *MODES[mode], f"output={tmp_path / 'run'}", "evaluation.max_structures=0"]
     stopped = run_ranks(train, before, [*words, "stop_at=2"])
     resumed = run_ranks(train, after, words, True)

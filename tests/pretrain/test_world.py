@@ -24,7 +24,6 @@ from rung.pretrain.config import PretrainConfig
 from rung.pretrain.costs import handed, inner_collectives, outer_parts, shapes_of
 from rung.pretrain.plan import make_plan, make_potential
 from rung.pretrain.ranks import Ranks
-from rung.pretrain.step import StepModule
 from rung.pretrain.world import World, choose_groups, divisors
 
 RunRanks = Callable[..., list[Any]]  # conftest.py
@@ -172,7 +171,7 @@ def test_the_real_engine_of_one_rank_of_a_large_world(
 
 def engine_of_one_rank(config: PretrainConfig, groups: int) -> dict[str, Any]:
     """Build the real engine on a rank in the middle of a world of `SIZE` that is not there; take one step."""
-    from rung.pretrain.engine import Engine, connect  # seconds, which the other tests here need not wait
+    from rung.pretrain.engine import connect, make_engine  # seconds, which the other tests here need not wait
 
     rank = SIZE // 2 + 1
     torch.distributed.destroy_process_group()
@@ -180,10 +179,7 @@ def engine_of_one_rank(config: PretrainConfig, groups: int) -> dict[str, Any]:
     with fake_rank(rank):
         ranks = connect(timedelta(seconds=1), lambda size: groups)
         plan = make_plan(config, 1)
-        module = StepModule(
-            make_potential(plan).train(), config.loss, ranks.sum_, ranks.world.data_ranks, len(plan.tasks)
-        )
-        engine = Engine(module, config.optimizer, plan.deepspeed, ranks)
+        engine = make_engine(make_potential(plan), plan, config, ranks)
         ranks.traffic.bytes.clear()
         task = plan.tasks[0]
         structures = list(islice(epoch_structures(task.dataset, task.fidelity, "train"), 2))
