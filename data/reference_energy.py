@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from rung.data.structure import Structure
@@ -40,8 +41,8 @@ class E0Fit:
         if not self.unseparated:
             return ""
         return (
-            f"compositions have rank {self.rank} for {len(self.e0)} elements: the E0s of Z = "
-            f"{', '.join(map(str, self.unseparated))} cannot be told apart (they always occur in the same proportions, "
+            f"compositions have rank {self.rank} for {len(self.e0)} elements: the E0s of "
+            f"{', '.join(chemical_symbols[z] for z in self.unseparated)} cannot be told apart (they always occur in the same proportions, "
             "or there are too few compositions); their smallest solution is used, only their sum in known compositions "
             "means anything. Add structures of other compositions or give isolated-atom energies"
         )
@@ -137,7 +138,7 @@ def fit_e0_robustly(compositions: Compositions, energies: Floats) -> E0Fit:
         without = Compositions(compositions.elements, compositions.counts[kept])
         if (without.counts.sum(0) > 0).all():  # an element that only outliers have must keep its energy
             compositions, energies = without, energies[kept]
-    return _fit(compositions, energies, 0.0)
+    return fit_compositions(compositions, energies)
 
 
 def fit_e0(numbers: Sequence[NDArray[np.uint8]], energies: Sequence[float] | Floats, *, ridge: float = 0.0) -> E0Fit:
@@ -155,12 +156,18 @@ def fit_e0(numbers: Sequence[NDArray[np.uint8]], energies: Sequence[float] | Flo
         raise ValueError("E0 fit: expected finite energies; leave out the structures without one")
     if ridge < 0:
         raise ValueError(f"fit_e0: ridge: expected >= 0, found {ridge}")
-    return _fit(_compositions(numbers), target, ridge)
+    return fit_compositions(_compositions(numbers), target, ridge=ridge)
 
 
-def _fit(compositions: Compositions, energies: Floats, ridge: float) -> E0Fit:
+def fit_compositions(
+    compositions: Compositions, energies: Floats, *, ridge: float = 0.0, sizes: Floats | None = None
+) -> E0Fit:
+    """Fit as `fit_e0` does to any rows of atom counts [M, e]; `sizes` [M] are the atoms that an energy is divided by.
+
+    A reaction's counts are the changes of composition: zero where it is balanced, and then `sizes` must be given.
+    """
     elements, counts = compositions
-    sizes = counts.sum(1)
+    sizes = counts.sum(1) if sizes is None else sizes
     design, target = counts / sizes[:, None], energies / sizes
     num_structures, num_elements = design.shape
     penalty = np.sqrt(ridge * num_structures) * np.eye(num_elements)
@@ -225,7 +232,7 @@ def _compositions(numbers: Sequence[NDArray[np.uint8]]) -> Compositions:
 def _rank(design: Floats) -> tuple[int, NDArray[np.intp]]:
     """Return the rank and the columns that take part in the null space: the elements that cannot be separated."""
     _, singular, right = np.linalg.svd(np.linalg.qr(design, mode="r"))  # of [elements, elements], not [structures, ..]
-    rank = int((singular > 1e-10 * singular[0]).sum())
+    rank = int((singular > 1e-10 * max(singular[0], 1e-10)).sum())
     return rank, np.flatnonzero((np.abs(right[rank:]) > 1e-6).any(0))
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rung.data.batch import Batch
 from rung.model.potential import Potential, Prediction
 
-LEARNING_RATES = {"full": 5e-4, "adapter": 3e-3, "embedding": 1e-2}
+# Strategies with gradient steps -> learning rate of SOAP and AdamW.
+LEARNING_RATES = {"embedding": 1e-2, "adapter": 3e-3, "full": 5e-4}
 
 
 class FreeUpdate(nn.Module):
@@ -85,9 +86,9 @@ def embedding(weight: Tensor, rank: int, generator: torch.Generator) -> nn.Modul
 
 # Strategy -> update of a shared weight. The rows of the trained fidelities are trained by every strategy.
 STRATEGIES: dict[str, Callable[[Tensor, int, torch.Generator], nn.Module | None]] = {
-    "full": full,
-    "adapter": adapter,
     "embedding": embedding,
+    "adapter": adapter,
+    "full": full,
 }
 
 
@@ -121,6 +122,16 @@ class Adaptation(nn.Module):
     def potential(self) -> Potential:
         """The potential with its pretrained weights."""
         return self._frozen[0]
+
+    def parameters_by_depth(self) -> dict[int, list[nn.Parameter]]:
+        """Return the trained parameters by how many layers lie between them and the energy."""
+        last = self.potential.config.num_layers - 1
+        depths: dict[int, list[nn.Parameter]] = {}
+        for name, update in zip(self.names, self.updates, strict=True):
+            head, _, rest = name.partition(".")
+            depth = {"layers": last - int(rest.split(".")[0]) if head == "layers" else 0, "embedding": last + 1}
+            depths.setdefault(depth.get(head, 0), []).extend(update.parameters())
+        return depths
 
     @property
     def num_trained(self) -> int:

@@ -10,6 +10,7 @@ import ase.units
 import numpy as np
 from numpy.typing import NDArray
 
+from rung.data.reaction import Reaction, structures_of
 from rung.data.structure import Structure
 from rung.finetune.config import ChecksConfig
 
@@ -33,22 +34,42 @@ class Finding:
     message: str
 
 
-def duplicates(structures: Sequence[Structure], fidelity: str, config: ChecksConfig) -> list[Finding]:
-    """Name the pairs of equal geometries whose energies differ."""
+def duplicates(rows: Sequence[Reaction], config: ChecksConfig) -> list[Finding]:
+    """Name the pairs of equal geometries, or of reactions between equal geometries, whose energies differ."""
+    absolute = [row for row in rows if row.is_absolute]
+    structures = [row.structures[0] for row in absolute]
+    pairs = [(absolute[i], absolute[j]) for i, j in equal_geometries(structures, config.duplicate_tolerance)]
+    pairs += equal_reactions([row for row in rows if not row.is_absolute], config.duplicate_tolerance)
     findings = []
-    for i, j in equal_geometries(structures, config.duplicate_tolerance):
-        a, b = structures[i], structures[j]
-        energies = a.labels[fidelity].energy, b.labels[fidelity].energy
-        assert energies[0] is not None and energies[1] is not None
-        if abs(energies[0] - energies[1]) > config.duplicate_energy:
-            values = f"{energies[0]:.6f} and {energies[1]:.6f} eV"
-            message = f"'{a.key}' and '{b.key}' are one geometry with two energies, {values}"
+    for a, b in pairs:
+        if abs(a.energy - b.energy) > config.duplicate_energy:
+            what = "one geometry" if a.is_absolute else "one reaction"
+            message = f"'{a.key}' and '{b.key}' are {what} with two energies, {a.energy:.6f} and {b.energy:.6f} eV"
             findings.append(Finding("duplicate", message))
     return findings
 
 
-def leaks(train: Sequence[Structure], test: Sequence[Structure], config: ChecksConfig) -> list[Finding]:
-    """Name the test structures that are also trained on."""
+def equal_reactions(rows: Sequence[Reaction], tolerance: float) -> list[tuple[Reaction, Reaction]]:
+    """Return the pairs of rows with the same coefficients of the same geometries."""
+    structures = structures_of(rows)
+    first = list(range(len(structures)))  # the first structure of the same geometry
+    for i, j in equal_geometries(structures, tolerance):
+        first[j] = first[i]
+    number = {id(structure): first[i] for i, structure in enumerate(structures)}
+    seen: dict[tuple[tuple[int, float], ...], Reaction] = {}
+    pairs = []
+    for row in rows:
+        terms = zip(row.structures, row.coefficients, strict=True)
+        terms_by_geometry = tuple(sorted((number[id(s)], coefficient) for s, coefficient in terms))
+        if terms_by_geometry in seen:
+            pairs.append((seen[terms_by_geometry], row))
+        seen.setdefault(terms_by_geometry, row)
+    return pairs
+
+
+def leaks(train_rows: Sequence[Reaction], test_rows: Sequence[Reaction], config: ChecksConfig) -> list[Finding]:
+    """Name the test structures whose total energies are also trained on."""
+    train, test = ([row.structures[0] for row in rows if row.is_absolute] for rows in (train_rows, test_rows))
     pairs = equal_geometries([*train, *test], config.duplicate_tolerance)
     crossing = [(i, j) for i, j in pairs if i < len(train) <= j]
     return [
@@ -121,17 +142,17 @@ def _without_composition(values: NDArray[np.float64], counts: NDArray[np.float64
 
 
 def energy_outliers(
-    structures: Sequence[Structure], residual_per_atom: NDArray[np.float64], config: ChecksConfig
+    rows: Sequence[Reaction], residual_per_atom: NDArray[np.float64], config: ChecksConfig
 ) -> list[Finding]:
-    """Name the structures whose residual (label minus parent minus shift, eV/atom) is far from all others'."""
-    if len(structures) < MIN_STRUCTURES:
+    """Name the rows whose residual (label minus parent minus shift, eV/atom) is far from all others'."""
+    if len(rows) < MIN_STRUCTURES:
         return []
     z = robust_z(residual_per_atom)
     outlying = (np.abs(z) > config.outlier_z) & (np.abs(residual_per_atom) > config.outlier_floor)
     return [
         Finding(
             "outlier",
-            f"energy of '{structures[i].key}' is {residual_per_atom[i]:+.3f} eV/atom from what the parent fidelity and "
+            f"energy of '{rows[i].key}' is {residual_per_atom[i]:+.3f} eV/atom from what the parent fidelity and "
             f"the other labels say (robust z-score {z[i]:.0f}, limit {config.outlier_z:g})",
         )
         for i in np.flatnonzero(outlying).tolist()

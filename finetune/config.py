@@ -22,10 +22,21 @@ from typing import Literal
 
 from rung.data.fidelity import check_name
 
-Strategy = Literal["full", "adapter", "embedding"]
+Strategy = Literal["auto", "ridge", "embedding", "adapter", "full"]
+FROZEN_TRUNK = ("ridge", "embedding")  # strategies that leave what fidelities share as it is
 AUTO_FOLDS_BELOW = 200  # structures; a smaller set is too small to give some of them away for validation
 AUTO_FOLDS = 5
-NOT_NEGATIVE = ("learning_rate", "warmup_steps", "patience", "tolerance", "l2_pull", "replay_ratio", "replay_weight")
+NOT_NEGATIVE = (
+    "learning_rate",
+    "warmup_steps",
+    "patience",
+    "tolerance",
+    "l2_pull",
+    "replay_ratio",
+    "replay_weight",
+    "replay_limit",
+    "max_forgetting",
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,11 @@ class ChecksConfig:
 class TrainingConfig:
     """The loop. `learning_rate` 0 takes the strategy's own (adapt.LEARNING_RATES)."""
 
-    optimizer: Literal["soap", "adamw"] = "soap"
+    optimizer: Literal["soap", "adamw", "lbfgs"] = "soap"  # lbfgs: all labels at every step, a line search, no rate
     steps: int = 400
     batch_size: int = 32  # target structures per step
     learning_rate: float = 0.0
+    layer_decay: float = 1.0  # the rate of a layer over that of the layer behind it (arXiv:1801.06146); 1: all alike
     warmup_steps: int = 20
     clip: float = 10.0  # largest gradient norm
     ema: float = 0.98  # decay of the weights' average, which is what is evaluated and saved
@@ -70,6 +82,8 @@ class TrainingConfig:
     forces_weight: float = 1.0  # of target and replay forces, where they are trained on
     replay_ratio: float = 0.5  # replay structures per target structure
     replay_weight: float = 0.003  # of the loss terms of a replay structure, relative to those of a target structure
+    replay_limit: int = 20000  # structures of a replay dataset that are held in memory, drawn at random; 0: all
+    max_forgetting: float = 0.0  # largest relative growth of the replay fidelities' errors, else training stops; 0: any
 
 
 @dataclass(frozen=True)
@@ -86,17 +100,22 @@ class FinetuneConfig:
     """One run of `rung finetune`; the first three fields have no default."""
 
     checkpoint: str  # folder, .tar or name of the pretrained checkpoint
-    data: str  # a file that ASE reads, a dataset folder, or `builtin`
+    data: str  # a file that ASE reads, a dataset folder, `builtin`, or a file of relative energies
     fidelity: str  # name of the new level of theory
     method: str = ""  # what the fidelity is, for the checkpoint's registry; a dataset's manifest says it itself
     basis: str = ""
     code: str = ""
     parent: str = ""  # fidelity the new one starts from; empty: the one that fits the labels best
+    relative: tuple[str, ...] = ()  # files of relative energies that are trained on, too
     strategy: Strategy = "full"
+    start: Literal["ridge", "parent"] = "ridge"  # what gradient steps start from: the closed-form read-outs, or none
     test: str = ""  # file or dataset with test structures; a dataset in `data` brings its own
     out: str = "runs/finetune"
     use_forces: bool = False  # train on the forces in `data`; otherwise they are only compared with
+    new_elements: bool = False  # accept elements that the checkpoint does not know
     replay: tuple[str, ...] = ()  # DATASET:FIDELITY pairs of the pretraining
+    also: tuple[str, ...] = ()  # DATASET:FIDELITY pairs of more new fidelities, learned together with this one
+    uncertainty: Literal["last_layer", "ensemble", "none"] = "last_layer"  # ensemble: the folds' potentials
     baseline: Literal["none", "scratch"] = "none"
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     seed: int = 0
@@ -121,15 +140,21 @@ class FinetuneConfig:
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(split, name) < 0.5:
                 raise _bad(f"split.{name}", "a fraction between 0 and 0.5", getattr(split, name))
-        for task in self.replay:
-            if task.count(":") < 1 or not all(task.rpartition(":")[::2]):
-                raise _bad("replay", "DATASET:FIDELITY", task)
-        if self.replay and self.strategy == "embedding":
+        for name in ("replay", "also"):
+            for task in getattr(self, name):
+                if task.count(":") < 1 or not all(task.rpartition(":")[::2]):
+                    raise _bad(name, "DATASET:FIDELITY", task)
+        if self.replay and self.strategy in FROZEN_TRUNK:
+            what = f"strategy full or adapter: `{self.strategy}` trains nothing that other fidelities share"
+            raise _bad("replay", what, self.strategy)
+        if training.max_forgetting and not self.replay:
             raise _bad(
-                "replay",
-                "strategy full or adapter: `embedding` trains nothing that other fidelities share",
-                "embedding",
+                "training.max_forgetting", "replay=DATASET:FIDELITY, on which forgetting is measured", "no replay"
             )
+        if not 0 < training.layer_decay <= 1:
+            raise _bad("training.layer_decay", "0 < layer_decay <= 1", training.layer_decay)
+        if self.uncertainty == "ensemble" and split.folds == 0:
+            raise _bad("uncertainty", "split.folds of at least 2, whose potentials are the ensemble", "split.folds=0")
 
 
 def _bad(name: str, expected: str, found: object) -> ValueError:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from rung.data.manifest import is_dataset, resolve_dataset
+from rung.data.reaction import Reaction, structures_of
+from rung.data.reaction_file import is_reaction_file, read_reactions
 from rung.data.read import read_any
 from rung.data.shard import file_sha256
 from rung.data.structure import Labels, Structure
 from rung.finetune.config import AUTO_FOLDS, AUTO_FOLDS_BELOW, FinetuneConfig, SplitConfig
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class TargetSet:
-    """Structures with an energy at the target fidelity, and what was done to choose them."""
+    """Rows with an energy at the target fidelity, and what was done to choose them."""
 
-    train: list[Structure]  # training and validation together: the labels that are used
-    test: list[Structure]  # never trained on; may be empty where folds measure the error
+    train: list[Reaction]  # training and validation together: the labels that are used
+    test: list[Reaction]  # never trained on; may be empty where folds measure the error
     sources: dict[str, str]  # path -> SHA-256 of the file or of the dataset's manifest
     notes: list[str]  # sentences for the report
 
@@ -32,21 +38,20 @@ def load_target(config: FinetuneConfig) -> TargetSet:
     Raises ValueError when nothing is labelled, when a structure has no energy, or when the test set is empty.
     """
     notes: list[str] = []
-    sources = {config.data: digest(config.data)}
+    names = [config.data, *config.relative, *([config.test] if config.test else [])]
+    sources = {name: digest(name) for name in names}
     if is_dataset(config.data) and not config.test:
-        train = read_any(config.data, config.fidelity, split="train")
-        test = read_any(config.data, config.fidelity, split="test")
+        train = read_rows(config.data, config.fidelity, "train")
+        test = read_rows(config.data, config.fidelity, "test")
         notes.append(f"test set: split 'test' of {config.data}")
     elif config.test:
-        train = read_any(config.data, config.fidelity, split="train" if is_dataset(config.data) else None)
-        test = read_any(config.test, config.fidelity, split="test" if is_dataset(config.test) else None)
-        sources[config.test] = digest(config.test)
+        train = read_rows(config.data, config.fidelity, "train")
+        test = read_rows(config.test, config.fidelity, "test")
         notes.append(f"test set: {config.test}")
     else:
-        train, test = read_any(config.data, config.fidelity), []
-    require_energies(train, config.fidelity, config.data)
-    require_energies(test, config.fidelity, config.test or config.data)
+        train, test = read_rows(config.data, config.fidelity, "train"), []
     train = draw(train, config.split.max_train, config.seed)
+    train += [row for name in config.relative for row in read_rows(name, config.fidelity, "train")]
     if test:
         test = draw(test, config.split.max_test, config.seed)
     elif is_dataset(config.data) or config.test:
@@ -56,9 +61,31 @@ def load_target(config: FinetuneConfig) -> TargetSet:
     return TargetSet(train, test, sources, notes)
 
 
+def read_rows(name: str, fidelity: str, split: str) -> list[Reaction]:
+    """Return the labels of a dataset's split, of a file of structures, or of a file of relative energies.
+
+    Raises ValueError naming the structures without an energy, and what the readers raise.
+    """
+    if is_reaction_file(name):
+        return read_reactions(name, fidelity)
+    structures = read_any(name, fidelity, split=split if is_dataset(name) else None)
+    require_energies(structures, fidelity, name)
+    return absolute_rows(structures, fidelity)
+
+
+def absolute_rows(structures: Sequence[Structure], fidelity: str) -> list[Reaction]:
+    """Return the total energies of labelled structures as rows."""
+    energies = [(structure, structure.labels[fidelity].energy) for structure in structures]
+    return [Reaction.absolute(structure, energy) for structure, energy in energies if energy is not None]
+
+
 def digest(name: str) -> str:
     """Return the SHA-256 of a file, or of a dataset's manifest, which holds those of its shards."""
     path = resolve_dataset(name) / "dataset.yaml" if is_dataset(name) else Path(name)
+    if path.is_dir():  # a set of relative energies in a folder
+        return hashlib.sha256(
+            "".join(file_sha256(file) for file in sorted(path.glob("**/*")) if file.is_file()).encode()
+        ).hexdigest()
     return file_sha256(path)
 
 
@@ -73,59 +100,68 @@ def require_energies(structures: Sequence[Structure], fidelity: str, source: str
         )
 
 
-def training_view(structures: Sequence[Structure], fidelity: str, use_forces: bool) -> list[Structure]:
-    """Return the structures with only the labels that may be trained on."""
-    view = []
-    for structure in structures:
-        labels = structure.labels[fidelity]
+def training_view(rows: Sequence[Reaction], fidelity: str, use_forces: bool) -> list[Reaction]:
+    """Return the rows with structures that have only the labels that may be trained on.
+
+    A structure that several rows share stays one object.
+    """
+    seen: dict[int, Structure] = {}
+    for structure in structures_of(rows):
+        labels = structure.labels.get(fidelity, Labels())
         kept = Labels(energy=labels.energy, forces=labels.forces if use_forces else None)
-        view.append(dataclasses.replace(structure, labels={fidelity: kept}))
-    return view
+        seen[id(structure)] = dataclasses.replace(structure, labels={fidelity: kept})
+    return [dataclasses.replace(row, structures=tuple(seen[id(s)] for s in row.structures)) for row in rows]
 
 
-def draw(structures: list[Structure], count: int, seed: int) -> list[Structure]:
-    """Return `count` structures drawn at random in their first order; all when `count` is 0 or not smaller."""
-    if count == 0 or count >= len(structures):
-        return structures
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(structures))[:count])
-    return [structures[i] for i in chosen]
+def draw(items: list[T], count: int, seed: int) -> list[T]:
+    """Return `count` items drawn at random in their first order; all when `count` is 0 or not smaller."""
+    if count == 0 or count >= len(items):
+        return items
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(items))[:count])
+    return [items[i] for i in chosen]
 
 
-def num_folds(split: SplitConfig, num_structures: int) -> int:
+def num_folds(split: SplitConfig, num_rows: int) -> int:
     """Return the number of folds, 0 for a single held-out validation set."""
     if split.folds >= 0:
         return split.folds
-    return AUTO_FOLDS if num_structures < AUTO_FOLDS_BELOW else 0
+    return AUTO_FOLDS if num_rows < AUTO_FOLDS_BELOW else 0
 
 
-def hold_out(
-    structures: list[Structure], fraction: float, seed: int, name: str, notes: list[str]
-) -> tuple[list[Structure], list[Structure]]:
-    """Return (kept, held out): whole molecules until about `fraction` of the structures is held out."""
-    parts = partition(structures, max(2, round(1 / fraction)), seed, notes, name)
+class Grouped(Protocol):
+    """What can be divided: a structure or a row."""
+
+    @property
+    def group(self) -> str: ...
+
+
+G = TypeVar("G", bound=Grouped)
+
+
+def hold_out(items: list[G], fraction: float, seed: int, name: str, notes: list[str]) -> tuple[list[G], list[G]]:
+    """Return (kept, held out): whole molecules until about `fraction` of the items is held out."""
+    parts = partition(items, max(2, round(1 / fraction)), seed, notes, name)
     held = set(parts[0])
-    return [s for i, s in enumerate(structures) if i not in held], [structures[i] for i in parts[0]]
+    return [item for i, item in enumerate(items) if i not in held], [items[i] for i in parts[0]]
 
 
-def partition(
-    structures: Sequence[Structure], parts: int, seed: int, notes: list[str], purpose: str
-) -> list[list[int]]:
-    """Divide the indices of the structures into `parts` of about equal size; the structures of a group stay together.
+def partition(items: Sequence[Grouped], parts: int, seed: int, notes: list[str], purpose: str) -> list[list[int]]:
+    """Divide the indices of the items into `parts` of about equal size; the items of a group stay together.
 
-    A set with fewer groups than parts cannot be divided so; it is divided by structure, which a note says.
-    Raises ValueError for fewer structures than parts.
+    A set with fewer groups than parts cannot be divided so; it is divided item by item, which a note says.
+    Raises ValueError for fewer items than parts.
     """
-    if len(structures) < parts:
+    if len(items) < parts:
         raise ValueError(
-            f"{purpose}: expected at least {parts} structures to divide, found {len(structures)}; give more data"
+            f"{purpose}: expected at least {parts} structures to divide, found {len(items)}; give more data"
         )
-    units = [structure.group for structure in structures]
+    units = [item.group for item in items]
     if len(set(units)) < parts:
         notes.append(
             f"{purpose}: only {len(set(units))} molecules, so it is divided by structure: "
             "its errors do not tell about other molecules"
         )
-        units = [str(i) for i in range(len(structures))]
+        units = [str(i) for i in range(len(items))]
     members: dict[str, list[int]] = {}
     for index, unit in enumerate(units):
         members.setdefault(unit, []).append(index)

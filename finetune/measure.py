@@ -3,26 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rung.data.reaction import Reaction, structures_of
 from rung.data.structure import Structure
+from rung.data.units import KCAL_MOL
 from rung.finetune.dataset import draw
 from rung.finetune.reference import check_domain
-from rung.finetune.replay import ReplayTask
+from rung.model.errors import Errors, ErrorSums, StructurePrediction
 from rung.model.potential import Potential
-from rung.model.predict import StructurePrediction, evaluate, predict
+from rung.model.predict import evaluate, predict
+
+if TYPE_CHECKING:
+    from rung.finetune.replay import ReplayTask
 
 MAX_STRUCTURES = 100  # per fidelity, for forgetting and drift
 MIN_LABELS = 5  # fewer labels of an old fidelity on the target's geometries are no measurement
 
 
+@dataclass(frozen=True)
+class RowErrors:
+    """Errors of total and of relative energies; those of disjoint sets of rows add up."""
+
+    absolute: ErrorSums = field(default_factory=ErrorSums)
+    relative: tuple[float, ...] = ()  # prediction less label, eV
+    per_atom: tuple[float, ...] = ()  # of every row, eV/atom
+
+    def __add__(self, other: RowErrors) -> RowErrors:
+        return RowErrors(self.absolute + other.absolute, self.relative + other.relative, self.per_atom + other.per_atom)
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return `rung.model.predict.evaluate`'s metrics, and those of relative energies where there are any.
+
+        row_mae_mev_per_atom is of all rows: a relative energy counts per atom of its larger side.
+        """
+        found = self.absolute.metrics() | {"row_mae_mev_per_atom": 1000 * float(np.mean(np.abs(self.per_atom)))}
+        if self.relative:
+            errors = np.array(self.relative) / KCAL_MOL
+            found |= {
+                "num_relative": len(errors),
+                "relative_mae_kcal_per_mol": float(np.mean(np.abs(errors))),
+                "relative_rmse_kcal_per_mol": float(np.sqrt(np.mean(errors**2))),
+                "relative_mean_kcal_per_mol": float(np.mean(errors)),
+            }
+        return found
+
+
+def row_errors(potential: Potential, rows: Sequence[Reaction], fidelity: str) -> RowErrors:
+    """Return the errors of the potential on labelled rows at `fidelity`."""
+    structures = structures_of(rows)
+    forces = any(s.labels[fidelity].forces is not None for s in structures if fidelity in s.labels)
+    predictions = predict(potential, structures, fidelity, forces=forces)
+    by_structure = {id(s): prediction for s, prediction in zip(structures, predictions, strict=True)}
+    absolute, relative, per_atom = ErrorSums(), [], []
+    for row in rows:
+        terms = zip(row.structures, row.coefficients, strict=True)
+        error = sum(coefficient * by_structure[id(s)].energy for s, coefficient in terms) - row.energy
+        per_atom.append(error / row.num_atoms)
+        if row.is_absolute:
+            absolute += Errors.of(row.structures[0], by_structure[id(row.structures[0])], fidelity).sums()
+        else:
+            relative.append(error)
+    return RowErrors(absolute, tuple(relative), tuple(per_atom))
+
+
 def forgetting(
-    before: Potential, after: Potential, known: Sequence[str], target: Sequence[Structure], replay: Sequence[ReplayTask]
+    before: Potential,
+    after: Potential,
+    known: Sequence[str],
+    target: Sequence[Structure],
+    replay: Sequence[ReplayTask],
 ) -> list[dict[str, Any]]:
-    """Return, for every old fidelity with labels at hand, its errors before and after.
+    """Return, for every other fidelity with labels at hand, its errors before and after.
 
     Labels are at hand in the replay tasks' held-out structures, and on the target's geometries where its dataset
     carries several fidelities.

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from rung.data.reaction import structures_of
+from rung.finetune.calibration import Scores
 from rung.finetune.measure import forces_of
 from rung.finetune.recipe import Judged
-from rung.finetune.reference import fit_shift
-from rung.model.predict import predict
+from rung.finetune.reference import fit_shift, label_energies, num_atoms
+from rung.model.predict import predict, reaction_energies
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,23 +33,30 @@ class Pairs:
 
 
 def parity_pairs(judged: Sequence[Judged], fidelity: str) -> Pairs:
-    """Predict every judged structure with its start and its final potential."""
-    structures = [s for part in judged for s in part.structures]
-    before = [p for part in judged for p in predict(part.start, part.structures, fidelity)]
-    after = [p for part in judged for p in predict(part.potential, part.structures, fidelity)]
-    labels = [s.labels[fidelity] for s in structures]
-    atoms = np.array([s.num_atoms for s in structures], dtype=np.float64)
-    label_energy = np.array([label.energy for label in labels], dtype=np.float64)
+    """Predict every judged row with its start and its final potential."""
+    rows = [row for part in judged for row in part.rows]
+    before = np.concatenate([reaction_energies(part.fit.start, part.rows, fidelity) for part in judged])
+    after = np.concatenate([reaction_energies(part.fit.potential, part.rows, fidelity) for part in judged])
+    labels = label_energies(rows)
+    atoms = num_atoms(rows)
     # Total energies span hundreds of eV with composition; what is left after a fit by composition is the chemistry.
-    baseline = label_energy / atoms - fit_shift(structures, label_energy).residual_per_atom
-    predicted = [np.array([p.energy for p in predictions]) for predictions in (before, after)]
-    energy = np.stack([values / atoms - baseline for values in (label_energy, *predicted)])
-    rows = [
-        np.concatenate([np.ravel(f), forces_of(b).ravel(), forces_of(a).ravel()]).reshape(3, -1)
-        for label, b, a in zip(labels, before, after, strict=True)
-        if (f := label.forces) is not None
+    baseline = labels / atoms - fit_shift(rows, labels).residual_per_atom
+    energy = np.stack([values / atoms - baseline for values in (labels, before, after)])
+    forces = [part for one in judged if (part := _force_pairs(one, fidelity)) is not None]
+    return Pairs(energy, np.concatenate(forces, axis=1) if forces else None)
+
+
+def _force_pairs(judged: Judged, fidelity: str) -> NDArray[np.float64] | None:
+    """Return labels and predictions before and after, [3, components]; None without labels."""
+    structures = [
+        s for s in structures_of(judged.rows) if fidelity in s.labels and s.labels[fidelity].forces is not None
     ]
-    return Pairs(energy, np.concatenate(rows, axis=1) if rows else None)
+    if not structures:
+        return None
+    before, after = (predict(p, structures, fidelity) for p in (judged.fit.start, judged.fit.potential))
+    labels = np.concatenate([np.ravel(s.labels[fidelity].forces) for s in structures])  # type: ignore[arg-type]
+    predicted = [np.concatenate([forces_of(p).ravel() for p in some]) for some in (before, after)]
+    return np.stack([labels, *predicted])
 
 
 def parity(pairs: Pairs, fidelity: str, folder: Path) -> list[Path]:
@@ -69,12 +78,30 @@ def parity(pairs: Pairs, fidelity: str, folder: Path) -> list[Path]:
     return paths
 
 
-def learning_curve(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Path:
-    """Write the validation error (the training loss where there is no validation) against the step."""
+def calibration(scores: Scores, path: Path) -> Path:
+    """Write which part of the errors on held-out rows lies inside the predicted central intervals."""
+    levels = np.linspace(0, 1, 41)
+    figure, axes = _figure()
+    axes.plot(levels, levels, color=LINE, linewidth=0.8, label="ideal")
+    axes.plot(levels, scores.coverage(levels), color=AFTER, label=f"{len(scores.error)} rows not trained on")
+    axes.set(
+        xlabel="probability of the interval", ylabel="part of the errors inside", title="calibration of uncertainties"
+    )
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def learning_curve(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> list[Path]:
+    """Write the validation error (the training loss where there is no validation) against the step.
+
+    Nothing is written, and no path returned, where no gradient step was taken.
+    """
+    if not any(len(history) > 1 for history in histories.values()):
+        return []
     from matplotlib.ticker import LogFormatter
 
     figure, axes = _figure()
-    key = "energy_mae_mev_per_atom"
+    key = "row_mae_mev_per_atom"
     validated = any(key in row for history in histories.values() for row in history)
     for name, history in histories.items():
         rows = [row for row in history if (key if validated else "loss") in row]
@@ -84,7 +111,7 @@ def learning_curve(histories: Mapping[str, Sequence[Mapping[str, float]]], path:
     for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 20, not 2 x 10^1
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return [_save(figure, path)]
 
 
 def _figure() -> tuple[Figure, Axes]:

@@ -1,58 +1,132 @@
-"""How a potential for the target fidelity is made from labelled structures: from a checkpoint, or from scratch."""
+"""How a potential for the target fidelity is made from labelled rows: from a checkpoint, or from scratch."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from rung.data.structure import Structure
-from rung.finetune import dataset, reference
+from rung.data.reaction import Reaction, structures_of
+from rung.finetune import dataset, reference, ridge
 from rung.finetune.adapt import LEARNING_RATES, Adaptation
+from rung.finetune.calibration import MIN_ROWS, Scores, ensemble_scores, last_layer_scores
 from rung.finetune.config import FinetuneConfig
-from rung.finetune.replay import ReplayTask, replay_structures
+from rung.finetune.measure import RowErrors, row_errors
+from rung.finetune.replay import ReplayTask, replay_rows
 from rung.finetune.train import Target, Trained, train
 from rung.model.potential import Potential
-from rung.model.predict import ErrorSums, error_sums
+from rung.model.uncertainty import Ensemble, Uncertainty
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A potential fitted to rows: where it started, what the closed form gave, and what gradient steps made of it."""
+
+    start: Potential  # the parent and its shift
+    regressed: Potential | None  # with the read-outs of the ridge regression; None where it was not asked for
+    trained: Trained
+    posterior: ridge.Ridge | None  # of the last layer of the trained potential; None where it was not asked for
+
+    @property
+    def potential(self) -> Potential:
+        """The final potential."""
+        return self.trained.potential
 
 
 class Recipe:
-    """How a potential for the target is made from labelled structures; cross-validation repeats it on subsets."""
+    """How a potential for the target is made from labelled rows; cross-validation repeats it on subsets."""
 
     label = "fine-tune"
 
-    def __init__(self, config: FinetuneConfig, source: Potential, parent: str, replay: Sequence[ReplayTask]) -> None:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        source: Potential,
+        parent: str,
+        replay: Sequence[ReplayTask] = (),
+        also: Sequence[ReplayTask] = (),
+    ) -> None:
         self.config = config
         self.source = source
         self.parent = parent
         self.replay = replay
+        self.also = also
         self.strategy: str = config.strategy
-        rate = config.training.learning_rate or LEARNING_RATES[config.strategy]
+        rate = config.training.learning_rate or LEARNING_RATES.get(config.strategy, 0.0)
         self.training = dataclasses.replace(config.training, learning_rate=rate)
+        self.regresses = config.start == "ridge" or config.strategy == "ridge"
 
-    def start(self, structures: Sequence[Structure]) -> Potential:
+    def start(self, rows: Sequence[Reaction]) -> Potential:
         """Return the potential before the first step: the parent, with reference energies fitted to the labels."""
-        parent = reference.choose_parent(self.source, structures, self.config.fidelity, self.parent)[0]
-        potential = reference.with_new_fidelity(self.source, self.config.fidelity, parent)
-        reference.check_identity(potential, structures, self.config.fidelity, parent)
+        potential = self._grown(self.source, rows, self.config.fidelity, self.parent)
+        for task in self.also:
+            potential = self._grown(potential, dataset.absolute_rows(task.train, task.fidelity), task.fidelity, "")
         return potential
 
-    def fit(self, start: Potential, train_on: list[Structure], validate_on: list[Structure], steps: int = 0) -> Trained:
-        """Train from `start`, at most `steps` steps where given."""
+    def _grown(self, potential: Potential, rows: Sequence[Reaction], fidelity: str, parent: str) -> Potential:
+        """Return a copy of the potential with a new fidelity, which equals its parent with shifted energies."""
+        known = self.source.config.fidelities
+        chosen = reference.choose_parent(potential, rows, [parent] if parent else known)[0]
+        grown = reference.with_new_fidelity(potential, fidelity, chosen)
+        reference.check_identity(grown, structures_of(rows), fidelity, chosen)
+        return grown
+
+    def regress(self, start: Potential, train_on: Sequence[Reaction]) -> Potential:
+        """Return a copy of `start` with the read-outs of every new fidelity by ridge regression."""
+        potential = copy.deepcopy(start)
+        sets = [(self.config.fidelity, list(train_on))]
+        sets += [(task.fidelity, dataset.absolute_rows(task.train, task.fidelity)) for task in self.also]
+        for fidelity, rows in sets:
+            ridge.regress(start, rows, fidelity).apply(potential, fidelity)
+        return potential
+
+    def fit(
+        self, start: Potential, train_on: list[Reaction], validate_on: list[Reaction], steps: int | None = None
+    ) -> Fit:
+        """Fit from `start`: ridge regression, then gradient steps (at most `steps` where given), as configured."""
+        config = self.config
+        regressed = self.regress(start, train_on) if self.regresses else None
+        begin = start if regressed is None else regressed
+        trained = Trained(begin, 0, [])
+        if self.strategy != "ridge" and steps != 0:
+            trained = self.descend(begin, train_on, validate_on, steps)
+        posterior = None
+        if config.uncertainty == "last_layer":
+            like = ridge.regress(start, train_on, config.fidelity)
+            posterior = ridge.posterior(trained.potential, train_on, config.fidelity, like)
+        return Fit(start, regressed, trained, posterior)
+
+    def descend(
+        self, begin: Potential, train_on: list[Reaction], validate_on: list[Reaction], steps: int | None
+    ) -> Trained:
+        """Train by gradient steps."""
         config, training = self.config, self.training
-        if steps:
+        if steps is not None:
             training = dataclasses.replace(training, steps=steps)
-        rows = [config.fidelity, *(task.fidelity for task in self.replay)]
-        adaptation = Adaptation(start, list(dict.fromkeys(rows)), self.strategy, rank=training.rank, seed=config.seed)
+        others = [*self.replay, *self.also]
+        rows = [config.fidelity, *(task.fidelity for task in others)]
+        adaptation = Adaptation(begin, list(dict.fromkeys(rows)), self.strategy, rank=training.rank, seed=config.seed)
         target = Target(
             config.fidelity,
             dataset.training_view(train_on, config.fidelity, config.use_forces),
             dataset.training_view(validate_on, config.fidelity, config.use_forces),
             config.use_forces,
         )
-        replay = replay_structures(self.replay, config.seed) if self.replay else None
-        return train(start, adaptation, target, training, replay=replay, seed=config.seed, label=self.label)
+        replay = replay_rows(others, config.seed) if others else None
+        return train(
+            begin,
+            adaptation,
+            target,
+            training,
+            replay=replay,
+            remember=self.replay,
+            seed=config.seed,
+            label=self.label,
+        )
 
 
 class ScratchRecipe(Recipe):
@@ -64,73 +138,148 @@ class ScratchRecipe(Recipe):
     label = "scratch"
 
     def __init__(self, config: FinetuneConfig, source: Potential) -> None:
-        super().__init__(config, source, parent="", replay=())
-        self.strategy = "full"
+        config = dataclasses.replace(config, strategy="full", start="parent", uncertainty="none", replay=())
+        super().__init__(config, source, parent="")
         own = {field.name: getattr(config.scratch, field.name) for field in dataclasses.fields(config.scratch)}
-        self.training = dataclasses.replace(config.training, l2_pull=0.0, **own)
+        self.training = dataclasses.replace(
+            config.training, l2_pull=0.0, layer_decay=1.0, optimizer="soap", max_forgetting=0.0, **own
+        )
 
-    def start(self, structures: Sequence[Structure]) -> Potential:
+    def start(self, rows: Sequence[Reaction]) -> Potential:
         """Return a potential with random weights that knows only the target fidelity."""
         fidelity = self.config.fidelity
         potential = Potential(dataclasses.replace(self.source.config, fidelities=(fidelity,), seed=self.config.seed))
         like = next(self.source.parameters())
         potential.to(like.device, like.dtype)
         potential.set_scale(float(self.source.scale))
-        labels = reference.label_energies(structures, fidelity)
-        potential.set_reference(fidelity, reference.fit_shift(structures, labels).per_element)
+        potential.set_reference(fidelity, reference.fit_shift(rows, reference.label_energies(rows)).per_element)
         return potential
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Structures that were not trained on, with the potential to judge on them and its start."""
+    """Rows that were not trained on, with what to judge on them."""
 
-    start: Potential
-    potential: Potential
-    structures: list[Structure]
+    fit: Fit
+    rows: list[Reaction]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """A recipe carried out: the final potential with its start, and what its errors are measured on."""
 
-    start: Potential
-    trained: Trained
-    folds: list[Trained]  # of cross-validation; empty without
+    fit: Fit
+    folds: list[Fit]  # of cross-validation; empty without
     judged: list[Judged]  # the test set, or the held-out part of every fold
+    uncertainty: Uncertainty | None
+    scores: Scores | None  # on the rows that the uncertainty was calibrated on
+    test_scores: Scores | None  # on the test rows
 
-    def errors(self, fidelity: str) -> tuple[dict[str, float | None], dict[str, float | None]]:
-        """Return the errors before and after training, as `rung.model.predict.evaluate` defines them."""
-        before = sum((error_sums(j.start, j.structures, fidelity) for j in self.judged), ErrorSums())
-        after = sum((error_sums(j.potential, j.structures, fidelity) for j in self.judged), ErrorSums())
-        return before.metrics(), after.metrics()
+    @property
+    def potential(self) -> Potential:
+        """The final potential."""
+        return self.fit.potential
+
+    def errors(self, fidelity: str) -> dict[str, dict[str, float | None]]:
+        """Return the errors before, after the ridge regression (where there was one) and after training."""
+        stages = {"before": [j.fit.start for j in self.judged]}
+        regressed = [j.fit.regressed for j in self.judged if j.fit.regressed is not None]
+        if regressed and self.fit.trained.history:  # without gradient steps the ridge regression is the end
+            stages["ridge"] = regressed
+        stages["after"] = [j.fit.potential for j in self.judged]
+        return {
+            stage: sum(
+                (row_errors(p, j.rows, fidelity) for p, j in zip(some, self.judged, strict=True)), RowErrors()
+            ).metrics()
+            for stage, some in stages.items()
+        }
 
 
-def carry_out(recipe: Recipe, target: dataset.TargetSet, notes: list[str]) -> Outcome:
+def cross_validate(recipe: Recipe, start: Potential, rows: list[Reaction], folds: list[list[int]]) -> list[Judged]:
+    """Fit the recipe to all rows but those of a fold, for every fold (indices of rows)."""
+    judged = []
+    for indices in folds:
+        held = [rows[i] for i in indices]
+        kept = [row for i, row in enumerate(rows) if i not in set(indices)]
+        judged.append(Judged(recipe.fit(start, kept, held), held))
+    return judged
+
+
+def carry_out(
+    recipe: Recipe, target: dataset.TargetSet, notes: list[str], folded: list[Judged] | None = None
+) -> Outcome:
     """Fit the recipe's potential, with one validation set or by cross-validation.
 
-    With folds, every fold gives errors on structures it did not train on, and a number of steps; the final potential
-    is trained on all structures for the median number of steps. The reference energies are fitted once, to all labels:
-    a fold may hold out the only molecule with some element.
+    With folds, every fold gives errors on rows it did not train on, and a number of steps; the final potential is
+    trained on all rows for the median number of steps. The reference energies are fitted once, to all labels: a fold
+    may hold out the only molecule with some element. `folded` are the folds, where they were made before.
     """
-    split, seed = recipe.config.split, recipe.config.seed
-    structures, start = target.train, recipe.start(target.train)
-    num_folds = dataset.num_folds(split, len(structures))
+    config, rows = recipe.config, target.train
+    start = recipe.start(rows)
+    num_folds = dataset.num_folds(config.split, len(rows))
     if num_folds == 0:
-        kept, held = dataset.hold_out(structures, split.validation_fraction, seed, "validation", notes)
-        trained = recipe.fit(start, kept, held)
-        return Outcome(start, trained, [], [Judged(start, trained.potential, target.test)])
-    folds, judged = [], []
-    for indices in dataset.partition(structures, num_folds, seed, notes, "cross-validation"):
-        held = [structures[i] for i in indices]
-        kept = [s for i, s in enumerate(structures) if i not in set(indices)]
-        folds.append(recipe.fit(start, kept, held))
-        judged.append(Judged(start, folds[-1].potential, held))
-    steps = round(float(np.median([fold.step for fold in folds])))
-    notes.append(
-        f"the final potential is trained on all {len(structures)} structures for {steps} steps, the folds' median"
-    )
-    trained = recipe.fit(start, structures, [], steps) if steps else Trained(start, 0, [])
+        kept, held = dataset.hold_out(rows, config.split.validation_fraction, config.seed, "validation", notes)
+        final = recipe.fit(start, kept, held)
+        judged, folds = [Judged(final, held)], []
+    else:
+        if folded is None:
+            parts = dataset.partition(rows, num_folds, config.seed, notes, "cross-validation")
+            folded = cross_validate(recipe, start, rows, parts)
+        judged, folds = folded, [fold.fit for fold in folded]
+        steps = round(float(np.median([fold.trained.step for fold in folds])))
+        final = recipe.fit(start, rows, [], steps)
+        if recipe.strategy != "ridge":
+            notes.append(
+                f"the final potential is trained on all {len(rows)} structures for {steps} steps, the folds' median"
+            )
+    uncertainty, scores = calibrated(recipe, final, judged, notes)
+    test_scores = None
     if target.test:
-        judged = [Judged(start, trained.potential, target.test)]
-    return Outcome(start, trained, folds, judged)
+        if uncertainty is not None:
+            test_scores = scores_of(recipe, final, [part.fit for part in judged], target.test).scaled(
+                uncertainty.factor
+            )
+        judged = [Judged(final, target.test)]
+    return Outcome(final, folds, judged, uncertainty, scores, test_scores)
+
+
+def calibrated(
+    recipe: Recipe, final: Fit, held: Sequence[Judged], notes: list[str]
+) -> tuple[Uncertainty | None, Scores | None]:
+    """Return the uncertainty of the final potential, calibrated on the rows that its folds (or it) did not train on.
+
+    The scores are after calibration.
+    """
+    kind = recipe.config.uncertainty
+    if kind == "none":
+        return None, None
+    fits = [part.fit for part in held]
+    scores = Scores.joined([scores_of(recipe, part.fit, fits, part.rows) for part in held])
+    factor = 1.0
+    if len(scores.error) >= MIN_ROWS:
+        factor = scores.factor
+    else:
+        notes.append(f"uncertainties are not calibrated: {len(scores.error)} rows were held out, {MIN_ROWS} are needed")
+    if kind == "ensemble":
+        return Ensemble([changes(final.potential, fit.potential) for fit in fits], factor), scores.scaled(factor)
+    assert final.posterior is not None
+    return final.posterior.last_layer(factor), scores.scaled(factor)
+
+
+def scores_of(recipe: Recipe, fit: Fit, ensemble: Sequence[Fit], rows: Sequence[Reaction]) -> Scores:
+    """Return the errors of a fit on rows, and the standard deviations before calibration."""
+    fidelity = recipe.config.fidelity
+    if recipe.config.uncertainty == "ensemble":
+        return ensemble_scores([member.potential for member in ensemble], fit.potential, rows, fidelity)
+    assert fit.posterior is not None
+    return last_layer_scores(fit.potential, fit.posterior, rows, fidelity)
+
+
+def changes(served: Potential, member: Potential) -> dict[str, Tensor]:
+    """Return the parameters and buffers of `member` that differ from those of `served`, by name."""
+    other = served.state_dict()
+    return {
+        name: value.detach().clone()
+        for name, value in member.state_dict().items()
+        if not torch.equal(value.nan_to_num(), other[name].nan_to_num())
+    }

@@ -10,14 +10,16 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from rung.data.reference_energy import fit_e0
+from rung.data.reaction import Reaction, structures_of
+from rung.data.reference_energy import Compositions, fit_compositions
 from rung.data.structure import Structure
 from rung.model.potential import Potential
-from rung.model.predict import predict
+from rung.model.predict import predict, reaction_energies
 
 # So weak that a shift which the data determine is exact (1000 eV, from a valence-only to an all-electron method, to
 # 1e-4 eV); it settles what the compositions leave open (C and H in a set of one hydrocarbon) by the smallest shift.
 RIDGE = 1e-12
+BALANCED_NOTE = "every label is of a balanced reaction, so absolute energies at the new fidelity remain the parent's"
 IDENTITY_TOLERANCE = 1e-4  # eV per atom; the network is float32, the reference energies float64
 
 
@@ -26,7 +28,7 @@ class Shift:
     """Least-squares change of the reference energies, and what it leaves unexplained."""
 
     per_element: dict[int, float]  # eV
-    residual_per_atom: NDArray[np.float64]  # [M], label - parent - shift, eV/atom
+    residual_per_atom: NDArray[np.float64]  # [R], label - parent - shift, eV/atom
     note: str  # which elements the compositions cannot tell apart; empty when they can
 
     @property
@@ -39,49 +41,50 @@ class Parent:
     """A candidate parent and its fit to the training labels."""
 
     fidelity: str
-    predicted: NDArray[np.float64]  # [M], eV
+    predicted: NDArray[np.float64]  # [R], eV
     shift: Shift
 
 
-def composition(structures: Sequence[Structure], elements: Sequence[int]) -> NDArray[np.float64]:
-    """Return the number of atoms of each element in each structure, [M, elements]."""
-    return np.array([[np.count_nonzero(s.numbers == z) for z in elements] for s in structures], dtype=np.float64)
+def composition(rows: Sequence[Reaction], elements: Sequence[int]) -> NDArray[np.float64]:
+    """Return how many atoms of each element appear in each row, [R, elements]; of one structure: its atoms."""
+    changes = [row.composition() for row in rows]
+    return np.array([[change.get(z, 0.0) for z in elements] for change in changes], dtype=np.float64)
 
 
-def elements_of(structures: Sequence[Structure]) -> list[int]:
+def elements_of(rows: Sequence[Reaction]) -> list[int]:
     """Return the atomic numbers that occur, ascending."""
-    return sorted({int(z) for structure in structures for z in structure.numbers})
+    return sorted({int(z) for structure in structures_of(rows) for z in structure.numbers})
 
 
-def check_covered(train: Sequence[Structure], test: Sequence[Structure], fidelity: str) -> None:
+def check_covered(train: Sequence[Reaction], test: Sequence[Reaction], fidelity: str) -> None:
     """Raise ValueError naming the elements of test structures for which no reference energy can be fitted."""
     missing = sorted(set(elements_of(test)) - set(elements_of(train)))
     if missing:
         symbols = ", ".join(chemical_symbols[z] for z in missing)
-        keys = [s.key for s in test if set(missing) & {int(z) for z in s.numbers}]
+        keys = [s.key for s in structures_of(test) if set(missing) & {int(z) for z in s.numbers}]
         raise ValueError(
             f"test structures contain {symbols}, but no structure to train on at '{fidelity}' does (first: {keys[0]}); "
             f"add training structures with {symbols}, or leave those test structures out"
         )
 
 
-def label_energies(structures: Sequence[Structure], fidelity: str) -> NDArray[np.float64]:
-    """Return the energy labels at `fidelity` in eV, [M]; every structure has one."""
-    energies = [structure.labels[fidelity].energy for structure in structures]
-    return np.array(energies, dtype=np.float64)
+def label_energies(rows: Sequence[Reaction]) -> NDArray[np.float64]:
+    """Return the energy labels in eV, [R]."""
+    return np.array([row.energy for row in rows], dtype=np.float64)
 
 
-def predicted_energies(potential: Potential, structures: Sequence[Structure], fidelity: str) -> NDArray[np.float64]:
-    """Return predicted energies in eV, [M]."""
-    return np.array([p.energy for p in predict(potential, structures, fidelity, forces=False)], dtype=np.float64)
+def num_atoms(rows: Sequence[Reaction]) -> NDArray[np.float64]:
+    """Return the number of atoms by which an error of each row is divided, [R]."""
+    return np.array([row.num_atoms for row in rows], dtype=np.float64)
 
 
-def fit_shift(structures: Sequence[Structure], residual: NDArray[np.float64]) -> Shift:
-    """Fit one energy per element to residual energies [M] in eV by ridge regression, each structure per atom."""
-    fit = fit_e0([s.numbers for s in structures], residual, ridge=RIDGE)
-    explained = composition(structures, list(fit.e0)) @ np.array(list(fit.e0.values()))
-    atoms = np.array([s.num_atoms for s in structures], dtype=np.float64)
-    return Shift(fit.e0, (residual - explained) / atoms, fit.note)
+def fit_shift(rows: Sequence[Reaction], residual: NDArray[np.float64]) -> Shift:
+    """Fit one energy per element to residual energies [R] in eV by ridge regression, each row per atom."""
+    elements = elements_of(rows)
+    counts, sizes = composition(rows, elements), num_atoms(rows)
+    fit = fit_compositions(Compositions(np.array(elements), counts), residual, ridge=RIDGE, sizes=sizes)
+    note = fit.note if counts.any() else BALANCED_NOTE
+    return Shift(fit.e0, (residual - counts @ np.array(list(fit.e0.values()))) / sizes, note)
 
 
 def check_domain(potential: Potential, structures: Sequence[Structure], fidelity: str) -> None:
@@ -90,23 +93,23 @@ def check_domain(potential: Potential, structures: Sequence[Structure], fidelity
         potential.check_domain(list(numbers), fidelity, charge, multiplicity)
 
 
-def choose_parent(potential: Potential, structures: Sequence[Structure], fidelity: str, wanted: str) -> list[Parent]:
-    """Return the candidate parents, best first: `wanted` alone, or every fidelity that knows the elements.
+def choose_parent(potential: Potential, rows: Sequence[Reaction], names: Sequence[str]) -> list[Parent]:
+    """Return those of the fidelities `names` that know the elements, as candidate parents, best first.
 
     The best leaves the smallest residual of the labels after its shift.
-    Raises ValueError when `wanted` does not know an element, or when no fidelity knows them all.
+    Raises ValueError when none of them knows all elements, with the reason for each.
     """
-    labels = label_energies(structures, fidelity)
+    labels, structures = label_energies(rows), structures_of(rows)
     candidates: list[Parent] = []
     refusals: list[str] = []
-    for name in [wanted] if wanted else potential.config.fidelities:
+    for name in names:
         try:
             check_domain(potential, structures, name)
         except ValueError as error:
             refusals.append(f"{name}: {error}")
             continue
-        predicted = predicted_energies(potential, structures, name)
-        candidates.append(Parent(name, predicted, fit_shift(structures, labels - predicted)))
+        predicted = reaction_energies(potential, rows, name)
+        candidates.append(Parent(name, predicted, fit_shift(rows, labels - predicted)))
     if not candidates:
         raise ValueError("no fidelity of the checkpoint can be the parent:\n  " + "\n  ".join(refusals))
     return sorted(candidates, key=lambda parent: parent.shift.rms_mev_per_atom)
@@ -135,11 +138,12 @@ def check_identity(potential: Potential, structures: Sequence[Structure], fideli
 
     Raises RuntimeError: the potential's `add_fidelity` did not copy the parent, so no adaptation can be trusted.
     """
-    elements = elements_of(structures)
-    shift = composition(structures, elements) @ np.array([parent.shift.per_element[z] for z in elements])
-    deviation = predicted_energies(potential, structures, fidelity) - parent.predicted - shift
-    largest = float(np.max(np.abs(deviation) / [s.num_atoms for s in structures]))
-    if largest > IDENTITY_TOLERANCE:
+    largest = 0.0
+    predictions = [predict(potential, structures, name, forces=False) for name in (fidelity, parent.fidelity)]
+    for structure, new, old in zip(structures, *predictions, strict=True):
+        shift = sum(parent.shift.per_element[int(z)] for z in structure.numbers)
+        largest = max(largest, abs(new.energy - old.energy - shift) / structure.num_atoms)
+    if not largest <= IDENTITY_TOLERANCE:
         raise RuntimeError(
             f"step-0 identity: expected '{fidelity}' to equal '{parent.fidelity}' plus the shift within "
             f"{IDENTITY_TOLERANCE:g} eV/atom, found {largest:.3g}"

@@ -1,4 +1,5 @@
-"""Structures of the pretraining fidelities that are mixed into the batches, so that they are not forgotten."""
+"""Structures of other fidelities that are mixed into the batches: of the pretraining, so that they are not forgotten,
+and of more new fidelities, which are learned together with the target."""
 
 from __future__ import annotations
 
@@ -7,53 +8,98 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rung.data.fidelity import unknown_fidelity
+from rung.data.fidelity import check_name, unknown_fidelity
 from rung.data.manifest import is_dataset
-from rung.data.read import read_any
+from rung.data.reaction import Reaction
+from rung.data.read import read_any, read_dataset
 from rung.data.structure import Structure
-from rung.finetune.dataset import draw, hold_out
+from rung.finetune.config import TrainingConfig
+from rung.finetune.dataset import draw, hold_out, require_energies
+from rung.finetune.objective import WeightedRow
 
 MAX_EVALUATED = 200  # structures per replay task on which forgetting is measured
 
 
 @dataclass(frozen=True)
 class ReplayTask:
-    """One (dataset, fidelity) pair: structures to train on, and others on which forgetting is measured."""
+    """One (dataset, fidelity) pair: structures to train on, and others on which errors are measured."""
 
     dataset: str
     fidelity: str
     train: list[Structure]
     held_out: list[Structure]
+    weight: float = 1.0  # of the loss terms of a structure, relative to those of a target row
 
 
-def load_replay(names: Sequence[str], known: Sequence[str], seed: int, notes: list[str]) -> list[ReplayTask]:
-    """Read the DATASET:FIDELITY pairs; `known` are the fidelities of the checkpoint.
+def load_replay(
+    names: Sequence[str], known: Sequence[str], training: TrainingConfig, seed: int, notes: list[str]
+) -> list[ReplayTask]:
+    """Read the DATASET:FIDELITY pairs of the pretraining; `known` are the fidelities of the checkpoint.
 
     A dataset's own validation split is held out, of a file 10 % of the molecules.
     Raises ValueError for an unknown fidelity or a task without structures.
     """
-    tasks = []
     for name in names:
-        dataset, _, fidelity = name.rpartition(":")
+        fidelity = name.rpartition(":")[2]
         if fidelity not in known:
             raise unknown_fidelity(fidelity, known)
-        if is_dataset(dataset):
-            train = read_any(dataset, fidelity, split="train")
-            held_out = read_any(dataset, fidelity, split="val")
-        else:
-            train, held_out = hold_out(read_any(dataset, fidelity), 0.1, seed, f"replay {name}", notes)
-        if not train or not held_out:
-            raise ValueError(f"replay {name}: expected structures to train on and to hold out, found none")
-        tasks.append(ReplayTask(dataset, fidelity, train, draw(held_out, MAX_EVALUATED, seed)))
+    return [_load(name, training.replay_weight, training.replay_limit, seed, notes) for name in names]
+
+
+def load_also(names: Sequence[str], taken: Sequence[str], seed: int, notes: list[str]) -> list[ReplayTask]:
+    """Read the DATASET:FIDELITY pairs of more new fidelities, which count as much as the target.
+
+    `taken` are the fidelities of the checkpoint and of the target.
+    Raises ValueError for one of those, and for structures without an energy.
+    """
+    tasks = []
+    for name in names:
+        fidelity = name.rpartition(":")[2]
+        check_name(fidelity)
+        if fidelity in taken:
+            raise ValueError(f"also {name}: expected a new fidelity, found one of {', '.join(taken)}")
+        tasks.append(_load(name, 1.0, 0, seed, notes))
+        require_energies(tasks[-1].train, fidelity, tasks[-1].dataset)
     return tasks
 
 
-def replay_structures(tasks: Sequence[ReplayTask], seed: int) -> Iterator[tuple[Structure, str]]:
-    """Yield (structure, fidelity) without end, tasks in turn and each in a new random order every pass."""
+def _load(name: str, weight: float, limit: int, seed: int, notes: list[str]) -> ReplayTask:
+    dataset, _, fidelity = name.rpartition(":")
+    if is_dataset(dataset):
+        train = _sample(read_dataset(dataset, fidelity, "train"), limit, seed)
+        held_out = read_any(dataset, fidelity, split="val")
+    else:
+        train, held_out = hold_out(read_any(dataset, fidelity), 0.1, seed, f"replay {name}", notes)
+        train = draw(train, limit, seed)
+    if not train or not held_out:
+        raise ValueError(f"replay {name}: expected structures to train on and to hold out, found none")
+    return ReplayTask(dataset, fidelity, train, draw(held_out, MAX_EVALUATED, seed), weight)
+
+
+def _sample(structures: Iterator[Structure], limit: int, seed: int) -> list[Structure]:
+    """Return `limit` structures of a stream, all as likely (reservoir sampling); all where `limit` is 0."""
+    generator = np.random.default_rng(seed)
+    kept: list[Structure] = []
+    for seen, structure in enumerate(structures):
+        if not limit or len(kept) < limit:
+            kept.append(structure)
+        elif (place := int(generator.integers(seen + 1))) < limit:
+            kept[place] = structure
+    return kept
+
+
+def replay_rows(tasks: Sequence[ReplayTask], seed: int) -> Iterator[WeightedRow]:
+    """Yield rows without end, tasks in turn and each in a new random order every pass.
+
+    A structure without an energy has forces only: its row's energy is not a number, which the loss leaves out.
+    """
     orders = [_endless(task.train, np.random.default_rng([seed, index])) for index, task in enumerate(tasks)]
     while True:
         for task, order in zip(tasks, orders, strict=True):
-            yield next(order), task.fidelity
+            structure = next(order)
+            energy = structure.labels[task.fidelity].energy
+            row = Reaction.absolute(structure, float("nan") if energy is None else energy)
+            yield WeightedRow(row, task.fidelity, task.weight)
 
 
 def _endless(structures: Sequence[Structure], generator: np.random.Generator) -> Iterator[Structure]:

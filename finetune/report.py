@@ -10,12 +10,15 @@ from typing import Any
 
 from ase.data import chemical_symbols
 
+from rung.finetune.calibration import Scores
 from rung.finetune.checks import Finding
 from rung.finetune.config import FinetuneConfig
 from rung.finetune.reference import Parent
+from rung.model.uncertainty import Uncertainty
 
 Errors = Mapping[str, float | None]
 ENERGY, FORCE = "energy_mae_mev_per_atom", "force_mae_mev_per_angstrom"
+RELATIVE = "relative_mae_kcal_per_mol"
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,13 @@ class Measured:
     parents: Sequence[Parent]  # best first; the first was taken
     findings: Sequence[Finding]
     notes: Sequence[str]
-    before: Errors
-    after: Errors
-    scratch: Errors | None
+    errors: Mapping[str, Errors]  # before, ridge (where gradient steps followed it), after, scratch (where asked for)
     forgetting: Sequence[Mapping[str, Any]]
     drift: Mapping[str, Mapping[str, float]]
     histories: Mapping[str, Sequence[Mapping[str, float]]]
+    uncertainty: Uncertainty | None
+    calibration: Scores | None  # errors beside standard deviations, of the rows that those were calibrated on
+    test_scores: Scores | None  # the same of the test rows
     steps: int  # of the weights that were kept
     seconds: float
 
@@ -46,8 +50,7 @@ def metrics(config: FinetuneConfig, measured: Measured) -> dict[str, Any]:
         "strategy": config.strategy,
         "labels": measured.num_train,
         "measured_on": measured_on(measured),
-        "target": {"before": dict(measured.before), "after": dict(measured.after)}
-        | ({"scratch": dict(measured.scratch)} if measured.scratch is not None else {}),
+        "target": {stage: dict(errors) for stage, errors in measured.errors.items()},
         "parent": parent.fidelity,
         "parent_candidates": [
             {"fidelity": p.fidelity, "residual_rms_mev_per_atom": p.shift.rms_mev_per_atom} for p in measured.parents
@@ -55,12 +58,22 @@ def metrics(config: FinetuneConfig, measured: Measured) -> dict[str, Any]:
         "e0_shift_ev": {chemical_symbols[z]: shift for z, shift in parent.shift.per_element.items()},
         "forgetting": [dict(row) for row in measured.forgetting],
         "drift": {name: dict(values) for name, values in measured.drift.items()},
+        "uncertainty": uncertainty(measured),
         "findings": [asdict(finding) for finding in measured.findings],
         "notes": list(measured.notes),
         "steps": measured.steps,
         "history": {name: [dict(row) for row in rows] for name, rows in measured.histories.items()},
         "seconds": measured.seconds,
     }
+
+
+def uncertainty(measured: Measured) -> dict[str, Any] | None:
+    """Return what the predicted standard deviations are, and how well they tell errors on held-out rows."""
+    if measured.uncertainty is None or measured.calibration is None:
+        return None
+    found: dict[str, Any] = {"kind": measured.uncertainty.kind, "factor": measured.uncertainty.factor}
+    found |= {"calibration": measured.calibration.metrics()}
+    return found | ({"test": measured.test_scores.metrics()} if measured.test_scores is not None else {})
 
 
 def measured_on(measured: Measured) -> str:
@@ -82,17 +95,13 @@ def parents_table(parents: Sequence[Parent]) -> str:
 
 def text(config: FinetuneConfig, measured: Measured, checkpoint: Path, plots: Sequence[Path]) -> str:
     """Return the report for the terminal."""
-    target = [("parent + shift of E0", measured.before), (f"fine-tuned ({config.strategy})", measured.after)]
-    if measured.scratch is not None:
-        target.append(("from scratch, same labels", measured.scratch))
+    rows = {name: measured.errors[stage] for stage, name in stage_names(config).items() if stage in measured.errors}
     lines = [
         f"{config.fidelity}: {measured.num_train} labels, from '{measured.parents[0].fidelity}', "
         f"{measured.steps} steps, {measured.seconds:.0f} s",
         "",
         f"Errors at {config.fidelity}, {measured_on(measured)}",
-        f"  {'':<30}{'energy MAE':>14}{'force MAE':>16}",
-        f"  {'':<30}{'meV/atom':>14}{'meV/angstrom':>16}",
-        *(f"  {name:<30}{_number(errors.get(ENERGY)):>14}{_number(errors.get(FORCE)):>16}" for name, errors in target),
+        *errors_table(rows),
     ]
     if measured.forgetting:
         lines += ["", "Other fidelities, before -> after (what was forgotten)"]
@@ -104,10 +113,53 @@ def text(config: FinetuneConfig, measured: Measured, checkpoint: Path, plots: Se
     for name, moved in measured.drift.items():
         energy, force = moved["energy_rms_mev_per_atom"], moved["force_rms_mev_per_angstrom"]
         lines.append(f"  {name:<24}{_number(energy):>8} meV/atom{_number(force):>10} meV/angstrom")
+    lines += uncertainty_lines(uncertainty(measured))
     lines += ["", *(f"note: {note}" for note in measured.notes)]
     lines += [f"suspicious, trained on as it is: {finding.message}" for finding in measured.findings]
     lines += [f"checkpoint: {checkpoint}", *(f"plot: {path}" for path in plots)]
     return "\n".join(lines)
+
+
+def uncertainty_lines(found: Mapping[str, Any] | None) -> list[str]:
+    """Return what the report says about predicted standard deviations."""
+    if found is None:
+        return []
+    lines = ["", f"Uncertainty ({found['kind']}): errors within one and two standard deviations (Gaussian: 68, 95 %)"]
+    for name, key in (("rows it was calibrated on", "calibration"), ("test rows", "test")):
+        if scores := found.get(key):
+            lines.append(
+                f"  {name:<30}{100 * scores['within_one_std']:>8.0f} %{100 * scores['within_two_std']:>8.0f} %"
+                f"   rank correlation with the error {scores['rank_correlation']:.2f}, {scores['rows']} rows"
+            )
+    return lines
+
+
+def stage_names(config: FinetuneConfig) -> dict[str, str]:
+    """Return what the stages of a run are called, in their order."""
+    return {
+        "before": "parent + shift of E0",
+        "ridge": "ridge regression of read-outs",
+        "after": f"fine-tuned ({config.strategy})",
+        "scratch": "from scratch, same labels",
+    }
+
+
+def errors_table(rows: Mapping[str, Errors]) -> list[str]:
+    """Return the lines of a table of errors: total energies and forces, and relative energies where there are any."""
+    columns = {
+        ENERGY: ("energy MAE", "meV/atom"),
+        FORCE: ("force MAE", "meV/angstrom"),
+        RELATIVE: ("relative MAE", "kcal/mol"),
+    }
+    shown = [key for key in columns if key in (ENERGY, FORCE) or any(key in errors for errors in rows.values())]
+    return [
+        "  " + " " * 30 + "".join(f"{columns[key][0]:>16}" for key in shown),
+        "  " + " " * 30 + "".join(f"{columns[key][1]:>16}" for key in shown),
+        *(
+            f"  {name:<30}" + "".join(f"{_number(errors.get(key)):>16}" for key in shown)
+            for name, errors in rows.items()
+        ),
+    ]
 
 
 def write(content: Mapping[str, Any], report_text: str, folder: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rung.data.fidelity import Fidelity
 from rung.data.manifest import is_dataset, read_manifest
-from rung.finetune.config import FinetuneConfig
-from rung.finetune.dataset import TargetSet
+from rung.finetune.config import FROZEN_TRUNK, FinetuneConfig
+from rung.finetune.dataset import TargetSet, digest
+from rung.finetune.recipe import Outcome
 from rung.model.checkpoint import DIGESTS, Checkpoint, save_checkpoint
 from rung.model.config import to_mapping
 from rung.model.potential import Potential
+from rung.model.uncertainty import Uncertainty
 
 
 def save(
@@ -21,15 +26,22 @@ def save(
     config: FinetuneConfig,
     source: Checkpoint,
     target: TargetSet,
-    potential: Potential,
+    tuned: Outcome,
     metrics: Mapping[str, Any],
 ) -> Path:
     """Write the checkpoint: the source's fidelities and the new one, with the digests of all that it was made from."""
-    data = [{"name": name, "fidelity": config.fidelity, "sha256": digest} for name, digest in target.sources.items()]
+    names = [*target.sources, *(task.rpartition(":")[0] for task in config.also)]
+    fidelities = [config.fidelity] * len(target.sources) + [task.rpartition(":")[2] for task in config.also]
+    data = [
+        {"name": name, "fidelity": fidelity, "sha256": target.sources.get(name) or digest(name)}
+        for name, fidelity in zip(names, fidelities, strict=True)
+    ]
+    described = {config.fidelity: describe(config)}
+    described |= {name: describe_data(data, name) for data, _, name in (task.rpartition(":") for task in config.also)}
     return save_checkpoint(
         folder,
-        potential,
-        fidelities=source.fidelities | {config.fidelity: describe(config)},
+        as_published(tuned.potential, source.potential),
+        fidelities=source.fidelities | described,
         training_config={
             "finetune": to_mapping(config),
             "source": {
@@ -41,15 +53,39 @@ def save(
         datasets=[*source.info["datasets"], *data],
         evaluation={config.fidelity: metrics["target"]["after"]}
         | {row["fidelity"]: row["after"] for row in metrics["forgetting"]},
+        uncertainty=uncertainties(config, source, tuned),
     )
+
+
+def as_published(tuned: Potential, source: Potential) -> Potential:
+    """Return the potential where the old fidelities know only the elements that they were trained on."""
+    potential = copy.deepcopy(tuned)
+    new = [i for i, number in enumerate(potential.config.elements) if number not in source.config.elements]
+    for fidelity in source.config.fidelities:
+        potential.e0_FZ[potential.fidelity_row(fidelity), new] = math.nan
+    return potential
+
+
+def uncertainties(config: FinetuneConfig, source: Checkpoint, tuned: Outcome) -> dict[str, Uncertainty]:
+    """Return the new uncertainty, and the source's where nothing that they rest on has changed."""
+    same_elements = tuned.potential.config.elements == source.potential.config.elements
+    kept = dict(source.uncertainty) if config.strategy in FROZEN_TRUNK and same_elements else {}
+    return kept | ({config.fidelity: tuned.uncertainty} if tuned.uncertainty is not None else {})
 
 
 def describe(config: FinetuneConfig) -> Fidelity:
     """Return what is known about the new fidelity: the dataset's own descriptor, or the words of the configuration."""
+    described = describe_data(config.data, config.fidelity)
     if is_dataset(config.data):
-        return read_manifest(config.data).entry(config.fidelity).descriptor
-    origin = f"labels of {Path(config.data).name}"
-    return Fidelity(config.fidelity, config.method, basis=config.basis, code=config.code, description=origin)
+        return described
+    return dataclasses.replace(described, method=config.method, basis=config.basis, code=config.code)
+
+
+def describe_data(data: str, fidelity: str) -> Fidelity:
+    """Return a dataset's descriptor of a fidelity; of a file only where the labels come from."""
+    if is_dataset(data):
+        return read_manifest(data).entry(fidelity).descriptor
+    return Fidelity(fidelity, "", description=f"labels of {Path(data).name}")
 
 
 def checkpoint_digest(name: str) -> str:

@@ -1,11 +1,13 @@
 """The published form of a potential: a folder, or a tar of it, that anyone can open safely (DESIGN.md section 10).
 
-    model.safetensors   the served weights (the moving average, where training kept one), E0s and scale
-    raw.safetensors     optional: the weights before averaging
-    rung.yaml           format version, model config, fidelities with E0s, datasets, training config, versions
-    evaluation.json     errors on held-out structures
-    README.md           model card
-    SHA256SUMS          digests of all of the above, verified on load
+    model.safetensors        the served weights (the moving average, where training kept one), E0s and scale
+    raw.safetensors          optional: the weights before averaging
+    uncertainty.safetensors  optional: what the error bars of some fidelities need (uncertainty.py)
+    rung.yaml                format version, model config, fidelities with E0s, datasets, training config, versions
+    evaluation.json          errors on held-out structures
+    reference.json           optional: energies and forces of some structures, for who wants to check (publish.py)
+    README.md                model card
+    SHA256SUMS               digests of all of the above, verified on load
 
 Loading reads bytes, JSON-like YAML and safetensors: it executes nothing from the file. A fidelity's E0s in rung.yaml
 are there for people; the model's are the buffer in the weights, where NaN marks an element without training data.
@@ -14,13 +16,9 @@ are there for people; the model's are the buffer in the weights, where NaN marks
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import shutil
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +27,32 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rung.data.fidelity import Fidelity
-from rung.data.shard import tar_bytes, write_beside
+from rung.data.fidelity import Fidelity, unknown_fidelity
+from rung.model import uncertainty as uncertainties
 from rung.model.card import model_card
+from rung.model.checkpoint_files import (
+    CARD,
+    DIGESTS,
+    EVALUATION,
+    INFO,
+    RAW_WEIGHTS,
+    REFERENCE,
+    UNCERTAINTY,
+    WEIGHTS,
+    check_replaceable,
+    pack_files,
+    read_files,
+    write_files,
+)
 from rung.model.config import ModelConfig, config_from_mapping, to_mapping
+from rung.model.hub import resolve
 from rung.model.potential import Potential
 from rung.model.provenance import git_commit, package_versions
+from rung.model.uncertainty import Uncertainty
 
-FORMAT_VERSION = 1
-WEIGHTS, RAW_WEIGHTS, INFO, EVALUATION, CARD = (
-    "model.safetensors",
-    "raw.safetensors",
-    "rung.yaml",
-    "evaluation.json",
-    "README.md",
-)
-DIGESTS = "SHA256SUMS"
-REQUIRED = (WEIGHTS, INFO, EVALUATION, CARD)
+__all__ = ["DIGESTS", "FORMAT_VERSION", "Checkpoint", "load_checkpoint", "pack_checkpoint", "save_checkpoint"]
+
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,16 @@ class Stored:
     info: dict[str, Any]  # rung.yaml
     weights: dict[str, Tensor]
     raw_weights: dict[str, Tensor] | None
+    uncertainty: dict[str, Tensor] = field(default_factory=dict)
 
 
-# From each old format version to the next: UPGRADES[1] would turn version 1 into version 2.
-UPGRADES: dict[int, Callable[[Stored], Stored]] = {}
+def _add_uncertainty(old: Stored) -> Stored:
+    """Version 2 says at which fidelities it has error bars; version 1 had none."""
+    return dataclasses.replace(old, info=old.info | {"format_version": 2, "uncertainty": {}})
+
+
+# From each old format version to the next.
+UPGRADES: dict[int, Callable[[Stored], Stored]] = {1: _add_uncertainty}
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,9 @@ class Checkpoint:
     potential: Potential
     info: dict[str, Any]  # rung.yaml, in the current format
     evaluation: dict[str, Any]  # evaluation.json
-    raw_state: dict[str, Tensor] | None  # state_dict before averaging
+    raw_state: Mapping[str, Tensor] | None  # state_dict before averaging
+    uncertainty: Mapping[str, Uncertainty] = field(default_factory=dict)  # by fidelity, where there is one
+    reference: dict[str, Any] | None = None  # reference.json
 
     @property
     def fidelities(self) -> dict[str, Fidelity]:
@@ -87,41 +102,58 @@ def save_checkpoint(
     datasets: Sequence[Mapping[str, Any]],
     evaluation: Mapping[str, Any],
     raw_state: Mapping[str, Tensor] | None = None,
+    uncertainty: Mapping[str, Uncertainty] | None = None,
     card: str | None = None,
 ) -> Path:
     """Write `potential` as a checkpoint folder and return it; an older checkpoint of that name is replaced.
 
     fidelities describes each of the model's levels; datasets says what it was trained on (name, version, licence,
     the manifest's SHA-256); training_config is the resolved config as plain values; raw_state is a state_dict before
-    averaging; without `card` a model card is written from the rest.
-    The folder appears under its name only when it is complete.
+    averaging; uncertainty gives error bars to some of the fidelities; without `card` a model card is written from the
+    rest. The folder appears under its name only when it is complete.
 
     Raises:
-        ValueError: a fidelity without description, or a value that JSON cannot hold (NaN).
+        ValueError: a fidelity without description, error bars of an unknown one, or a value JSON cannot hold (NaN).
         FileExistsError: the folder exists, is not empty and is not a checkpoint.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / INFO).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not a checkpoint: choose another folder or remove it")
     info = {
         "format_version": FORMAT_VERSION,
         "model": to_mapping(potential.config),
         "fidelities": _describe_fidelities(potential, fidelities),
+        "uncertainty": {},
         "datasets": [dict(dataset) for dataset in datasets],
         "training": dict(training_config),
         "git_commit": git_commit(),
         "versions": package_versions(),
     }
+    return write_checkpoint(folder, Checkpoint(potential, info, dict(evaluation), raw_state, uncertainty or {}), card)
+
+
+def write_checkpoint(folder: Path | str, checkpoint: Checkpoint, card: str | None = None) -> Path:
+    """Write a checkpoint as it stands, with the versions and the commit of who made it, and return the folder.
+
+    Raises what `save_checkpoint` does.
+    """
+    folder = Path(folder)
+    check_replaceable(folder)
+    for name in checkpoint.uncertainty:
+        if name not in checkpoint.potential.config.fidelities:
+            raise unknown_fidelity(name, checkpoint.potential.config.fidelities)
+    entries, tensors = uncertainties.encode(checkpoint.uncertainty)
+    info = checkpoint.info | {"uncertainty": entries}
     files = {
-        WEIGHTS: _tensor_bytes(potential.state_dict()),
+        WEIGHTS: _tensor_bytes(checkpoint.potential.state_dict()),
         INFO: yaml.safe_dump(info, sort_keys=False, allow_unicode=True).encode(),
-        EVALUATION: (json.dumps(evaluation, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(),
-        CARD: (model_card(info, evaluation) if card is None else card).encode(),
+        EVALUATION: _json_bytes(checkpoint.evaluation),
+        CARD: (model_card(info, checkpoint.evaluation) if card is None else card).encode(),
     }
-    if raw_state is not None:
-        files[RAW_WEIGHTS] = _tensor_bytes(raw_state)
-    files[DIGESTS] = "".join(f"{_sha256(data)}  {name}\n" for name, data in sorted(files.items())).encode()
-    _write_folder(folder, files)
+    if checkpoint.raw_state is not None:
+        files[RAW_WEIGHTS] = _tensor_bytes(checkpoint.raw_state)
+    if tensors:
+        files[UNCERTAINTY] = _tensor_bytes(tensors)
+    if checkpoint.reference is not None:
+        files[REFERENCE] = _json_bytes(checkpoint.reference)
+    write_files(folder, files)
     return folder
 
 
@@ -130,47 +162,64 @@ def pack_checkpoint(folder: Path | str) -> Path:
 
     The bytes depend on the files alone: no times, no owners.
     """
-    folder = Path(folder)
-    files = _read_files(folder)
-    _verify(files, folder)
-    target = folder.with_name(folder.name + ".tar")
-    write_beside(target, tar_bytes((f"{folder.name}/{name}", data) for name, data in sorted(files.items())))
-    return target
+    return pack_files(Path(folder))
 
 
-def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a checkpoint folder or its tar; every digest is verified first.
+def load_checkpoint(name: Path | str) -> Checkpoint:
+    """Read a checkpoint: a folder, its tar, or `user/repository[@revision]` on a hub; every digest is verified first.
+
+    What is not a local path and looks like a repository is looked for in the cache and on the hub (`hub.resolve`).
 
     Raises:
         FileNotFoundError: nothing is there.
+        OSError: the hub cannot be reached.
         ValueError: a missing, damaged or truncated file, a format of a newer Rung, or weights that do not fit the
             model config; the message names the file.
     """
-    path = Path(path)
-    files = _read_files(path)
-    _verify(files, path)
+    path = resolve(name)
+    files = read_files(path)
     stored = Stored(
         info=_info(files[INFO], path / INFO),
         weights=_tensors(files[WEIGHTS], path / WEIGHTS),
         raw_weights=_tensors(files[RAW_WEIGHTS], path / RAW_WEIGHTS) if RAW_WEIGHTS in files else None,
+        uncertainty=_tensors(files[UNCERTAINTY], path / UNCERTAINTY) if UNCERTAINTY in files else {},
     )
     stored = _upgrade(stored, path)
-    for key in ("model", "fidelities", "datasets", "training"):
+    for key in ("model", "fidelities", "uncertainty", "datasets", "training"):
         if key not in stored.info:
             raise ValueError(f"{path / INFO}: key '{key}' is missing")
-    config = config_from_mapping(ModelConfig, stored.info["model"], str(path / INFO))
-    potential = Potential(config)
+    try:
+        uncertainty = uncertainties.decode(stored.info["uncertainty"], stored.uncertainty)
+    except ValueError as error:
+        raise ValueError(f"{path / UNCERTAINTY}: {error}") from error
+    evaluation = _json(files[EVALUATION], path / EVALUATION)
+    reference = _json(files[REFERENCE], path / REFERENCE) if REFERENCE in files else None
+    return Checkpoint(_potential(stored, path), stored.info, evaluation, stored.raw_weights, uncertainty, reference)
+
+
+def _potential(stored: Stored, path: Path) -> Potential:
+    potential = Potential(config_from_mapping(ModelConfig, stored.info["model"], str(path / INFO)))
     name, parameter = next(potential.named_parameters())
     potential.to(stored.weights.get(name, parameter).dtype)
     try:
         potential.load_state_dict(stored.weights)
     except RuntimeError as error:
         raise ValueError(f"{path / WEIGHTS}: the weights do not fit the model config in {INFO}: {error}") from error
+    return potential.eval()
+
+
+def _json(data: bytes, source: Path) -> dict[str, Any]:
     try:
-        evaluation = json.loads(files[EVALUATION])
+        value = json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{path / EVALUATION}: not valid JSON: {error}") from error
-    return Checkpoint(potential.eval(), stored.info, evaluation, stored.raw_weights)
+        raise ValueError(f"{source}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: expected a mapping of names to values, found {type(value).__name__}")
+    return value
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _info(data: bytes, source: Path) -> dict[str, Any]:
@@ -196,66 +245,6 @@ def _upgrade(stored: Stored, path: Path) -> Stored:
     return stored
 
 
-def _read_files(path: Path) -> dict[str, bytes]:
-    """Return the checkpoint's files by name; files that are none of ours are left alone."""
-    ours = (*REQUIRED, RAW_WEIGHTS, DIGESTS)
-    if path.is_dir():
-        return {name: (path / name).read_bytes() for name in ours if (path / name).is_file()}
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist: expected a checkpoint folder or a .tar of one")
-    files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isreg() else None
-                if content is not None and Path(member.name).name in ours:
-                    files[Path(member.name).name] = content.read()
-    except tarfile.TarError as error:
-        raise ValueError(f"checkpoint {path}: not a whole tar file: {error}; copy it again") from error
-    return files
-
-
-def _verify(files: Mapping[str, bytes], path: Path) -> None:
-    if DIGESTS not in files:
-        raise ValueError(f"checkpoint {path}: expected a file {DIGESTS}, found none; is this a Rung checkpoint?")
-    try:
-        expected = {name: digest for digest, name in map(str.split, files[DIGESTS].decode().splitlines())}
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path}: {DIGESTS}: expected lines of '<digest>  <file>'") from error
-    for name in sorted({*REQUIRED, *expected}):
-        if name not in files:
-            raise ValueError(f"checkpoint {path}: {name} is missing; copy the checkpoint again")
-    for name, data in files.items():
-        if name == DIGESTS:
-            continue
-        if name not in expected:
-            raise ValueError(
-                f"checkpoint {path}: {name} has no digest in {DIGESTS}, so it was not part of what was saved"
-            )
-        if _sha256(data) != expected[name]:
-            raise ValueError(
-                f"checkpoint {path}: {name}: expected SHA-256 {expected[name]}, found {_sha256(data)}: "
-                "the file is damaged or was edited; copy the checkpoint again"
-            )
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write beside, then move: whoever looks at `folder` sees a whole checkpoint or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}") for kind in ("partial", "old"))
-    partial.mkdir()
-    try:
-        for name, data in files.items():
-            write_beside(partial / name, data)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if old.exists():
-        shutil.rmtree(old)
-
-
 def _describe_fidelities(potential: Potential, fidelities: Mapping[str, Fidelity]) -> dict[str, dict[str, Any]]:
     described: dict[str, dict[str, Any]] = {}
     for row, name in enumerate(potential.config.fidelities):
@@ -271,7 +260,8 @@ def _describe_fidelities(potential: Potential, fidelities: Mapping[str, Fidelity
 
 
 def _tensor_bytes(state: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    # Copies: safetensors refuses tensors that share memory, as the members of an ensemble may.
+    return safetensors.torch.save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()})
 
 
 def _tensors(data: bytes, source: Path) -> dict[str, Tensor]:
@@ -279,7 +269,3 @@ def _tensors(data: bytes, source: Path) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise ValueError(f"{source}: not a whole safetensors file: {error}") from error
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

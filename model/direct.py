@@ -46,6 +46,14 @@ class Composition(NamedTuple):
     readouts: list[Rows]  # of each layer
     reference_N: Tensor  # float64, eV
 
+    def masked(self, owned_N: Tensor) -> Composition:
+        """Return the composition in which only the owned atoms (bool [N]) have energies.
+
+        The energies are linear in the read-outs' last row, and the backward pass starts from it.
+        """
+        readouts = [rows._replace(energy_NX=rows.energy_NX * owned_N[:, None]) for rows in self.readouts]
+        return self._replace(readouts=readouts, reference_N=torch.where(owned_N, self.reference_N, 0.0))
+
 
 class DirectPotential:
     """`Potential.forward` in evaluation mode, without autograd.
@@ -94,14 +102,23 @@ class DirectPotential:
 
     @torch.no_grad()
     def __call__(
-        self, batch: Batch, composition: Composition | None = None, *, forces: bool = True, stress: bool = False
+        self,
+        batch: Batch,
+        composition: Composition | None = None,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        owned_N: Tensor | None = None,
     ) -> Prediction:
         """Return energies and, as asked, forces and stress.
 
         The batch's floating-point dtype must be the network's. `composition` is that of a batch with the same atoms,
-        charges, multiplicities and fidelities; without it, it is made.
+        charges, multiplicities and fidelities; without it, it is made. `owned_N` as in `Potential.forward` (a
+        composition that is `masked` already needs none).
         """
         atoms = self.composition(batch) if composition is None else composition
+        if owned_N is not None:
+            atoms = atoms.masked(owned_N)
         config = self.config
         cutoff, num_radial, l_max = config.cutoff, config.num_radial, config.l_max
         vectors_E3 = edge_vectors(batch)

@@ -3,11 +3,15 @@
 Everything that belongs to one fidelity is a row of a stacked tensor, taken by index: every parameter takes part in
 every step on every rank, and a new fidelity is a new row. A module names its stacked tensors in `stacked`.
 
+An atom's energy is linear in the numbers of its fidelity's read-outs; `features` are what they multiply.
+
 Shape legend: N atoms, M structures, F fidelities, D length of a fidelity's vector, C channels, H hidden units,
-T layers.
+T layers, K features of a layer (H for `film`, C for `heads`).
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -49,11 +53,14 @@ class FilmReadout(nn.Module):
         self.energy_H = normal_parameter(H, std=INITIAL_ENERGY * H**-0.5, generator=generator)
         self.change_FH = nn.Parameter(torch.zeros(len(config.fidelities), H))
 
-    def forward(self, h_NC: Tensor, vector_MD: Tensor, fidelity_M: Tensor, structure_N: Tensor) -> Tensor:
+    def features(self, h_NC: Tensor, vector_MD: Tensor, structure_N: Tensor) -> Tensor:
+        """Return the hidden units [N, H], in which the energy is linear."""
         change_NH = (self.down(h_NC) * vector_MD.index_select(0, structure_N)) @ self.up_DH
-        hidden_NH = silu(self.hidden(h_NC) + change_NH)
+        return silu(self.hidden(h_NC) + change_NH)
+
+    def forward(self, h_NC: Tensor, vector_MD: Tensor, fidelity_M: Tensor, structure_N: Tensor) -> Tensor:
         energy_MH = self.energy_H + self.change_FH.index_select(0, fidelity_M)
-        return (hidden_NH * energy_MH.index_select(0, structure_N)).sum(1)
+        return (self.features(h_NC, vector_MD, structure_N) * energy_MH.index_select(0, structure_N)).sum(1)
 
 
 class FilmConditioning(nn.Module):
@@ -74,6 +81,18 @@ class FilmConditioning(nn.Module):
         h_NC = self.films[layer](h_NC, vector_MD, structure_N)
         return h_NC, self.readouts[layer](h_NC, vector_MD, fidelity_M, structure_N)
 
+    def features(self, layer: int, h_NC: Tensor, fidelity_M: Tensor, structure_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the modulated scalars [N, C] of a layer and the features [N, K] of its energies."""
+        vector_MD = self.vector_FD.index_select(0, fidelity_M)
+        h_NC = self.films[layer](h_NC, vector_MD, structure_N)
+        readout = cast(FilmReadout, self.readouts[layer])
+        return h_NC, readout.features(h_NC, vector_MD, structure_N)
+
+    def change_readouts(self, row: int, change_TK: Tensor) -> None:
+        """Add to the read-outs of a fidelity."""
+        for readout, change_K in zip(self.readouts, change_TK, strict=True):
+            cast(FilmReadout, readout).change_FH[row] += change_K
+
 
 class HeadsConditioning(nn.Module):
     """One linear read-out per fidelity and layer on a shared trunk (arXiv:2505.01590)."""
@@ -90,5 +109,16 @@ class HeadsConditioning(nn.Module):
         energy_MC = self.energy_FTC[:, layer].index_select(0, fidelity_M)
         return h_NC, (h_NC * energy_MC.index_select(0, structure_N)).sum(1)
 
+    def features(self, layer: int, h_NC: Tensor, fidelity_M: Tensor, structure_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scalars [N, C] of a layer, which are the features of its energies, too."""
+        return h_NC, h_NC
 
-CONDITIONING = {"film": FilmConditioning, "heads": HeadsConditioning}
+    def change_readouts(self, row: int, change_TK: Tensor) -> None:
+        """Add to the read-outs of a fidelity."""
+        self.energy_FTC[row] += change_TK
+
+
+CONDITIONING: dict[str, type[FilmConditioning] | type[HeadsConditioning]] = {
+    "film": FilmConditioning,
+    "heads": HeadsConditioning,
+}

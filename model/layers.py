@@ -64,6 +64,8 @@ class Dense(nn.Module):
 class Embedding(nn.Module):
     """The first scalars of each atom: its element, and the charge and the multiplicity of its structure."""
 
+    by_element = ("element_SC",)
+
     def __init__(self, config: ModelConfig, generator: Generator) -> None:
         super().__init__()
         channels = config.channels
@@ -80,6 +82,8 @@ class Embedding(nn.Module):
 
 class Interaction(nn.Module):
     """One round of message passing: convolution, channel mixing, invariants, update of scalars and vectors."""
+
+    by_element = ("species_SCC",)
 
     def __init__(self, config: ModelConfig, generator: Generator, *, vectors_in: bool, vectors_out: bool) -> None:
         """Make the weights; a layer whose input or output vectors do not exist has none for them."""

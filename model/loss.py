@@ -63,12 +63,29 @@ def loss_terms(prediction: Prediction, batch: Batch, config: LossConfig, scale: 
     A label that is NaN adds nothing to sums, counts and gradients. `scale` is the model's, in eV.
     Raises ValueError when the forces were not predicted although their weight is not 0.
     """
+    num_atoms_M = torch.zeros_like(batch.fidelity).index_add_(0, batch.structure, torch.ones_like(batch.structure))
+    energy = (prediction.energy - batch.energy) / (num_atoms_M * scale)
+    return terms_of(energy, batch.energy.isnan(), batch.energy_weight, prediction, batch, config, scale)
+
+
+def terms_of(
+    energy: Tensor,
+    absent: Tensor,
+    weight: Tensor,
+    prediction: Prediction,
+    batch: Batch,
+    config: LossConfig,
+    scale: Tensor | float,
+) -> LossTerms:
+    """Return as `loss_terms` does, from residual energies of whatever is labelled: structures, reactions.
+
+    `energy` are the residuals per atom in units of the scale [R], `absent` tells which have no label, `weight` [R];
+    the forces are those of the batch.
+    """
     if prediction.forces is None and config.forces_weight > 0:
         raise ValueError("loss.forces_weight is not 0: expected predicted forces, found none; predict with forces=True")
     dtype = batch.positions.dtype
-    num_atoms_M = torch.zeros_like(batch.fidelity).index_add_(0, batch.structure, torch.ones_like(batch.structure))
-    energy = (prediction.energy - batch.energy) / (num_atoms_M * scale)
-    sums, counts = _penalties(energy.to(dtype), batch.energy.isnan(), batch.energy_weight, config)
+    sums, counts = _penalties(energy.to(dtype), absent, weight, config)
     if prediction.forces is None:
         return LossTerms(torch.stack([sums, torch.zeros_like(sums)]), torch.stack([counts, torch.zeros_like(counts)]))
     forces = (prediction.forces - batch.forces) / scale

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from ase.data import chemical_symbols
@@ -120,9 +120,17 @@ class Potential(nn.Module):
 
     def fidelity_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the names and parameters whose first axis is the fidelity."""
+        return self._parameters_listed("stacked")
+
+    def element_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the names and parameters whose first axis is the element."""
+        return self._parameters_listed("by_element")
+
+    def _parameters_listed(self, attribute: str) -> list[tuple[str, nn.Parameter]]:
+        """Return the names and parameters that the modules list in an attribute of theirs."""
         found = []
         for path, module in self.named_modules():
-            for name in getattr(module, "stacked", ()):
+            for name in getattr(module, attribute, ()):
                 found.append((f"{path}.{name}", module.get_parameter(name)))
         return found
 
@@ -144,6 +152,35 @@ class Potential(nn.Module):
         self.e0_FZ = torch.cat([self.e0_FZ, self.e0_FZ[row : row + 1]])
         if e0 is not None:
             self.set_reference(name, e0)
+
+    @torch.no_grad()
+    def add_elements(self, relatives: Mapping[int, Sequence[int]]) -> None:
+        """Add elements: each starts as the mean of its relatives, known elements (atomic numbers).
+
+        No fidelity has a reference energy for a new element until `set_reference` gives it one. Parameters are
+        replaced: make the optimizer afterwards. Raises ValueError for an element that the model has already, and for
+        a relative that it does not have.
+        """
+        known = self.config.elements
+        for number, others in relatives.items():
+            if number in known or not others or not set(others) <= set(known):
+                raise ValueError(
+                    f"new element {_symbols([number])} like {_symbols(others)}: expected one that is not, like some "
+                    f"that are among the model's: {_symbols(known)}"
+                )
+        elements = sorted((*known, *relatives))  # the order that a config has
+        order = [(*known, *relatives).index(number) for number in elements]
+        rows = [[known.index(other) for other in others] for others in relatives.values()]
+        for path, parameter in self.element_parameters():
+            module, _, leaf = path.rpartition(".")
+            means = torch.stack([parameter[some].mean(0) for some in rows])
+            grown = nn.Parameter(torch.cat([parameter, means])[order], parameter.requires_grad)
+            setattr(self.get_submodule(module), leaf, grown)
+        self.config = dataclasses.replace(self.config, elements=tuple(elements))
+        self.e0_FZ = torch.nn.functional.pad(self.e0_FZ, (0, len(rows)), value=math.nan)[:, order]
+        device = self.element_row.device
+        self._register_rows("element_row", self.config.elements, size=MAX_ATOMIC_NUMBER + 1)
+        self.element_row = self.element_row.to(device)
 
     def check_domain(self, numbers: Sequence[int], fidelity: str, charge: int = 0, multiplicity: int = 1) -> None:
         """Raise ValueError, listing the known ones, for an input that the potential was not trained on at `fidelity`.
@@ -170,14 +207,17 @@ class Potential(nn.Module):
         config, like = self.config, self.embedding.element_SC
         return backend.description(like, channels=config.channels, num_radial=config.num_radial, l_max=config.l_max)
 
-    def forward(self, batch: Batch, *, forces: bool = True, stress: bool = False) -> Prediction:
+    def forward(
+        self, batch: Batch, *, forces: bool = True, stress: bool = False, owned_N: Tensor | None = None
+    ) -> Prediction:
         """Return energies and, as asked, forces and stress.
 
         The batch's floating-point dtype must be the network's. In training mode forces and stress can be differentiated
-        with respect to the parameters.
+        with respect to the parameters. With `owned_N` (bool [N]) the energies of the other atoms are zero, in what they
+        contribute to forces and stress too: predictions over masks that share out the atoms add up to the whole.
         """
         if not (forces or stress):
-            energy_N, energy_M = self._energies(batch, *self._basis(edge_vectors(batch)))
+            energy_N, energy_M = self._energies(batch, *self._basis(edge_vectors(batch)), owned_N=owned_N)
             return Prediction(energy_M, None, None, energy_N)
         with torch.enable_grad():
             vectors_E3 = edge_vectors(batch).detach().requires_grad_()
@@ -185,7 +225,7 @@ class Potential(nn.Module):
             # Leaves between the geometry and the network, whose gradients are switched off again below: a loss then
             # is never differentiated with respect to the geometry, which would cost a seventh of a training step.
             leaves = [tensor.detach().requires_grad_() for tensor in basis]
-            energy_N, energy_M = self._energies(batch, *leaves)
+            energy_N, energy_M = self._energies(batch, *leaves, owned_N=owned_N)
             gradients = torch.autograd.grad(energy_M.sum(), leaves, create_graph=self.training)
             (gradient_E3,) = torch.autograd.grad(basis, vectors_E3, gradients, create_graph=self.training)
             for tensor in (vectors_E3, *leaves):
@@ -200,21 +240,54 @@ class Potential(nn.Module):
         """Return the scalars [N, C] of every layer, as the read-outs see them."""
         return [h_NC for h_NC, _ in self._layers(batch, *self._basis(edge_vectors(batch)))]
 
+    @torch.no_grad()
+    def readout_derivatives(self, batch: Batch) -> Tensor:
+        """Return the derivatives of each structure's energy with respect to its fidelity's own last numbers.
+
+        Float64 [M, T K + S]: first with respect to the read-outs of the T layers (K features each, see
+        rung.model.fidelity), in eV; then with respect to the S reference energies: how many atoms of each element.
+        The energy is linear in all of them, so these are exact for any change.
+        """
+        layers = self._layers(batch, *self._basis(edge_vectors(batch)), read=self.conditioning.features)
+        features_NX = torch.cat([features_NK.double() for _, features_NK in layers], dim=1) * self.scale
+        elements_NS = torch.nn.functional.one_hot(self.element_row[batch.numbers], len(self.config.elements))
+        rows_NX = torch.cat([features_NX, elements_NS.double()], dim=1)
+        return rows_NX.new_zeros(batch.num_structures, rows_NX.shape[1]).index_add_(0, batch.structure, rows_NX)
+
+    @torch.no_grad()
+    def change_readouts(self, fidelity: str, change_X: Tensor) -> None:
+        """Add to the read-outs and the reference energies of a fidelity, in the order of `readout_derivatives`."""
+        row, layers = self.fidelity_row(fidelity), self.config.num_layers
+        reference_S = change_X[-len(self.config.elements) :]
+        readouts_TK = change_X[: -len(self.config.elements)].reshape(layers, -1)
+        self.conditioning.change_readouts(row, readouts_TK.to(next(self.parameters())))
+        self.e0_FZ[row] += reference_S.to(self.e0_FZ)
+
     def _basis(self, vectors_E3: Tensor) -> tuple[Tensor, Tensor]:
         """Return the radial functions [E, R] and harmonics [E, L] of edge vectors."""
         config = self.config
         return edge_basis(vectors_E3, cutoff=config.cutoff, num_radial=config.num_radial, l_max=config.l_max)
 
-    def _energies(self, batch: Batch, radial_ER: Tensor, harmonics_EL: Tensor) -> tuple[Tensor, Tensor]:
+    def _energies(
+        self, batch: Batch, radial_ER: Tensor, harmonics_EL: Tensor, *, owned_N: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the energies in eV of each atom [N] and of each structure [M], in float64."""
         energy_N = sum(energy_N.double() for _, energy_N in self._layers(batch, radial_ER, harmonics_EL))
         reference_N = self.e0_FZ[batch.fidelity[batch.structure], self.element_row[batch.numbers]]
         energy_N = reference_N + self.scale * energy_N
+        if owned_N is not None:
+            energy_N = torch.where(owned_N, energy_N, 0.0)
         energy_M = energy_N.new_zeros(batch.num_structures).index_add(0, batch.structure, energy_N)
         return energy_N, energy_M
 
-    def _layers(self, batch: Batch, radial_ER: Tensor, harmonics_EL: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return every layer's scalars [N, C] and atomic energies [N] in units of the scale."""
+    def _layers(
+        self, batch: Batch, radial_ER: Tensor, harmonics_EL: Tensor, read: Callable[..., Any] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return every layer's scalars [N, C] and atomic energies [N] in units of the scale, or what else `read` gives.
+
+        `read` is called as `self.conditioning`, which it takes the place of.
+        """
+        read = self.conditioning if read is None else read
         config = self.config
         edges = Edges(batch.receivers, batch.senders, batch.row_ptr, batch.reverse)
         element_N = self.element_row[batch.numbers]
@@ -227,8 +300,8 @@ class Potential(nn.Module):
         for t, layer in enumerate(self.layers):
             inputs = (h_NC, v_N3C, elements, radial_ER, harmonics_EL, edges)
             h_NC, v_N3C = recompute_layer(layer, *inputs) if self.checkpoint_layers else layer(*inputs)
-            h_NC, energy_N = self.conditioning(t, h_NC, batch.fidelity, batch.structure)
-            outputs.append((h_NC, energy_N))
+            h_NC, read_out = read(t, h_NC, batch.fidelity, batch.structure)
+            outputs.append((h_NC, read_out))
         return outputs
 
 

@@ -1,10 +1,9 @@
-"""Predictions for structures, and the errors against their labels: the one place where error metrics are defined."""
+"""Predictions for structures and reactions, and their errors against labels (`rung.model.errors`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -12,50 +11,31 @@ from numpy.typing import NDArray
 
 from rung.data.batch import Batch, Budget, Sample, batches
 from rung.data.fidelity import unknown_fidelity
+from rung.data.graph import table_graph
+from rung.data.reaction import Reaction, structures_of
 from rung.data.structure import Structure
+from rung.data.table import StructureTable
 from rung.model.direct import evaluator
+from rung.model.errors import MEV, Errors, ErrorSums, Metrics, StructurePrediction
 from rung.model.potential import Potential, Prediction
 
 DEFAULT_BUDGET = Budget(max_atoms=2048, max_edges=65536)  # a few hundred MB in float32
-MEV = 1000.0  # meV per eV
+CHUNK = 1024  # structures whose edges are counted at a time
 
-
-@dataclass(frozen=True)
-class StructurePrediction:
-    """What the potential says about one structure of n atoms; None where it was not asked for."""
-
-    key: str
-    energy: float  # eV
-    atomic_energies: NDArray[np.float64]  # [n], eV; they add up to the energy
-    forces: NDArray[np.float64] | None  # [n, 3], eV/angstrom
-    stress: NDArray[np.float64] | None  # [3, 3], eV/angstrom^3, ASE's sign
-
-
-@dataclass(frozen=True)
-class ErrorSums:
-    """Sums over labels, from which errors follow; those of disjoint sets of structures add up (over ranks, too)."""
-
-    num_energies: int = 0  # structures with an energy
-    energy_absolute: float = 0.0  # sum of |error|, eV/atom
-    energy_squared: float = 0.0  # sum of error^2, (eV/atom)^2
-    num_forces: int = 0  # structures with forces
-    num_force_components: int = 0
-    force_absolute: float = 0.0  # sum over components, eV/angstrom
-    force_squared: float = 0.0
-
-    def __add__(self, other: ErrorSums) -> ErrorSums:
-        return ErrorSums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    def metrics(self) -> dict[str, float | None]:
-        """Return counts, mean absolute and root mean square errors in meV/atom and meV/angstrom (None: no labels)."""
-        return {
-            "num_energies": self.num_energies,
-            "energy_mae_mev_per_atom": _mean(self.energy_absolute, self.num_energies),
-            "energy_rmse_mev_per_atom": _root_mean(self.energy_squared, self.num_energies),
-            "num_forces": self.num_forces,
-            "force_mae_mev_per_angstrom": _mean(self.force_absolute, self.num_force_components),
-            "force_rmse_mev_per_angstrom": _root_mean(self.force_squared, self.num_force_components),
-        }
+__all__ = [
+    "DEFAULT_BUDGET",
+    "MEV",
+    "ErrorSums",
+    "StructurePrediction",
+    "check_structure",
+    "choose_fidelity",
+    "error_sums",
+    "evaluate",
+    "known_structures",
+    "predict",
+    "reaction_energies",
+    "widened",
+]
 
 
 def predict(
@@ -82,7 +62,7 @@ def predict(
 
 def evaluate(
     potential: Potential, structures: Sequence[Structure], fidelity: str, *, budget: Budget = DEFAULT_BUDGET
-) -> dict[str, float | None]:
+) -> Metrics:
     """Return the errors of the potential against the structures' labels at `fidelity`.
 
     Keys: num_energies, energy_mae_mev_per_atom, energy_rmse_mev_per_atom, num_forces, force_mae_mev_per_angstrom,
@@ -99,8 +79,37 @@ def error_sums(
         (labels := structure.labels.get(fidelity)) is not None and labels.forces is not None for structure in structures
     )
     predictions = predict(potential, structures, fidelity, forces=forces, budget=budget)
-    pairs = zip(structures, predictions, strict=True)
-    return sum((_errors(structure, prediction, fidelity) for structure, prediction in pairs), ErrorSums())
+    return Errors.of(structures, predictions, fidelity).sums()
+
+
+def reaction_energies(
+    potential: Potential, reactions: Sequence[Reaction], fidelity: str, *, budget: Budget = DEFAULT_BUDGET
+) -> NDArray[np.float64]:
+    """Return the energies of reactions at `fidelity`, float64 [R] in eV: sums of coefficient x energy.
+
+    Every structure is evaluated once, however many reactions share it. Raises what `predict` raises.
+    """
+    structures = structures_of(reactions)
+    predictions = predict(potential, structures, fidelity, forces=False, budget=budget)
+    energy = {id(structure): one.energy for structure, one in zip(structures, predictions, strict=True)}
+    sums = [
+        sum(
+            coefficient * energy[id(structure)]
+            for structure, coefficient in zip(r.structures, r.coefficients, strict=True)
+        )
+        for r in reactions
+    ]
+    return np.array(sums, np.float64)
+
+
+def widened(budget: Budget, structures: Sequence[Structure], cutoff: float) -> Budget:
+    """Return a budget that the largest of the structures fits in by itself, for `cutoff` in angstrom."""
+    max_atoms, max_edges = budget.max_atoms, budget.max_edges
+    for start in range(0, len(structures), CHUNK):
+        table = StructureTable.of(structures[start : start + CHUNK])
+        edges = np.diff(table_graph(table, cutoff).row_ptr[table.offsets])
+        max_atoms, max_edges = max(max_atoms, int(table.num_atoms.max())), max(max_edges, int(edges.max()))
+    return Budget(max_atoms, max_edges)
 
 
 def choose_fidelity(name: str | None, known: Sequence[str]) -> str:
@@ -122,29 +131,22 @@ def check_structure(potential: Potential, structure: Structure, fidelity: str) -
         raise ValueError(f"structure '{structure.key}': {error}") from error
 
 
-def _errors(structure: Structure, prediction: StructurePrediction, fidelity: str) -> ErrorSums:
-    labels = structure.labels.get(fidelity)
-    sums = ErrorSums()
-    if labels is not None and labels.energy is not None:
-        error = (prediction.energy - labels.energy) / structure.num_atoms
-        sums += ErrorSums(num_energies=1, energy_absolute=abs(error), energy_squared=error**2)
-    if labels is not None and labels.forces is not None and prediction.forces is not None:
-        errors = prediction.forces - labels.forces
-        sums += ErrorSums(
-            num_forces=1,
-            num_force_components=errors.size,
-            force_absolute=float(np.abs(errors).sum()),
-            force_squared=float(np.square(errors).sum()),
-        )
-    return sums
+def known_structures(
+    potential: Potential, structures: Sequence[Structure], fidelity: str
+) -> tuple[list[Structure], list[str]]:
+    """Return the structures that the potential can be asked about at `fidelity`, and why the others are not there.
 
-
-def _mean(total: float, count: int) -> float | None:
-    return MEV * total / count if count else None
-
-
-def _root_mean(total: float, count: int) -> float | None:
-    return MEV * float(np.sqrt(total / count)) if count else None
+    The reasons name the structures.
+    """
+    known, reasons = [], []
+    for structure in structures:
+        try:
+            check_structure(potential, structure, fidelity)
+        except ValueError as error:
+            reasons.append(str(error))
+        else:
+            known.append(structure)
+    return known, reasons
 
 
 def _batches(potential: Potential, structures: Iterable[Structure], fidelity: str, budget: Budget) -> Iterator[Batch]:

@@ -50,7 +50,7 @@ def test_names_the_elements_that_cannot_be_separated() -> None:
     fit = fit_e0(water_and_dimer, [-76.0, -152.0, -38.0])
     assert (fit.rank, fit.unseparated) == (2, (1, 8))
     assert fit.e0[8] + 2 * fit.e0[1] == pytest.approx(-76.0)
-    assert "the E0s of Z = 1, 8 cannot be told apart" in fit.note
+    assert "the E0s of H, O cannot be told apart" in fit.note
 
 
 def test_refuses_nan_and_mismatched_lengths() -> None:

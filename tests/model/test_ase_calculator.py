@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,14 @@ from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_s
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
+from rung.data.batch import Sample, batches
 from rung.data.fidelity import Fidelity
 from rung.data.structure import Structure
-from rung.model.ase_calculator import RungCalculator
+from rung.model.ase_calculator import TOGETHER_ATOMS, RungCalculator
 from rung.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rung.model.potential import Potential
-from rung.model.predict import predict
+from rung.model.predict import DEFAULT_BUDGET, predict
+from rung.model.uncertainty import LastLayer
 
 FIDELITIES = {"low": Fidelity("low", "GFN2-xTB"), "high": Fidelity("high", "MP2")}
 
@@ -153,6 +157,92 @@ def test_one_fidelity_needs_no_name_and_a_path_will_do(
     ethanol.calc = RungCalculator(folder)
     [expected] = predict(load_checkpoint(folder).potential, [_stored(ethanol)], "low")
     assert ethanol.get_potential_energy() == pytest.approx(expected.energy, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_neighbours_that_are_kept_change_nothing(checkpoint: Checkpoint, crystal: Atoms, dtype: str) -> None:
+    box = crystal.repeat(2)
+    box.rattle(0.05, seed=2)
+    box.set_velocities(np.random.default_rng(0).normal(scale=0.05, size=box.positions.shape))
+    paths = []
+    for skin in (0.0, 0.4):
+        atoms = box.copy()
+        atoms.calc = RungCalculator(checkpoint, "low", dtype=dtype, skin=skin)  # type: ignore[arg-type]
+        VelocityVerlet(atoms, 2.0 * units.fs).run(10)
+        paths.append((atoms.positions, atoms.get_forces(), atoms.get_stress()))
+    for path in paths[1:]:
+        for kept, anew in zip(path, paths[0], strict=True):
+            np.testing.assert_array_equal(kept, anew)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_batch_gives_what_each_structure_gives_alone(
+    checkpoint: Checkpoint, ethanol: Atoms, crystal: Atoms, dtype: str
+) -> None:
+    charged = ethanol.copy()
+    charged.info.update(charge=1, multiplicity=2)
+    large = crystal.repeat((5, 5, 3))
+    large.rattle(0.02, seed=3)
+    structures = [ethanol, crystal, large, charged, molecule("CH4"), large[:140], molecule("H2")]
+    assert len(large) > TOGETHER_ATOMS
+    calculator = RungCalculator(checkpoint, "low", dtype=dtype)  # type: ignore[arg-type]
+    results = calculator.batch(structures)
+    assert calculator.results == {} and calculator.atoms is None
+    tolerance = 2e-4 if dtype == "float32" else 1e-9
+    for atoms, result in zip(structures, results, strict=True):
+        alone = atoms.copy()
+        alone.calc = calculator
+        alone.get_forces()
+        assert result.keys() == calculator.results.keys()
+        for name, value in calculator.results.items():
+            np.testing.assert_allclose(result[name], value, rtol=1e-9, atol=tolerance, err_msg=name)
+    assert calculator.batch([]) == []
+    with pytest.raises(ValueError, match=r"structure '1 \(Au\)': fidelity 'low' was not trained on Au"):
+        calculator.batch([ethanol, Atoms("Au")])
+
+
+def test_energy_std_is_the_spread_of_the_energy_over_the_posterior(checkpoint: Checkpoint, ethanol: Atoms) -> None:
+    """The energy is linear in the read-outs, so a posterior along one direction has the spread of one step along it."""
+    [batch] = batches(
+        [Sample(_stored(ethanol), "low")],
+        fidelity_index={"low": 0, "high": 1},
+        cutoff=checkpoint.potential.config.cutoff,
+        budget=DEFAULT_BUDGET,
+    )
+    size = checkpoint.potential.readout_derivatives(batch).shape[1]
+    step = 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    uncertainty = LastLayer(torch.outer(step, step), noise=0.002, factor=1.5)
+    known = replace(checkpoint, uncertainty={"low": uncertainty})
+    calculator = RungCalculator(known, "low", dtype="float64")
+    energy = calculator.get_potential_energy(ethanol)
+    assert "energy_std" not in calculator.results
+    std = calculator.get_property("energy_std", ethanol)
+    moved = copy.deepcopy(checkpoint)
+    moved.potential.change_readouts("low", step)
+    change = RungCalculator(moved, "low", dtype="float64").get_potential_energy(ethanol) - energy
+    assert abs(change) > 1e-3
+    assert std == pytest.approx(1.5 * np.hypot(change, 0.002 * len(ethanol)), rel=1e-5)
+    assert calculator.get_potential_energy(ethanol) == energy
+
+    every = RungCalculator(known, "low", dtype="float64", uncertainty=True)
+    every.get_forces(ethanol)
+    assert every.results["energy_std"] == std
+    structures = [ethanol, molecule("CH4"), ethanol]
+    assert [result["energy_std"] for result in every.batch(structures)][::2] == pytest.approx([std, std])
+    assert "energy_std" in calculator.batch(structures, uncertainty=True)[1]
+    assert "energy_std" not in calculator.batch(structures)[1]
+
+
+def test_without_uncertainty_energy_std_says_how_to_get_it(checkpoint: Checkpoint, ethanol: Atoms) -> None:
+    known = replace(checkpoint, uncertainty={"high": LastLayer(torch.zeros(1, 1), 0.1)})
+    message = "energy_std: this checkpoint has no uncertainty for 'low'; `rung finetune`"
+    for attempt in (
+        lambda: RungCalculator(known, "low").get_property("energy_std", ethanol),
+        lambda: RungCalculator(known, "low").batch([ethanol], uncertainty=True),
+        lambda: RungCalculator(known, "low", uncertainty=True),
+    ):
+        with pytest.raises(PropertyNotImplementedError, match=message):
+            attempt()
 
 
 def _stored(atoms: Atoms) -> Structure:

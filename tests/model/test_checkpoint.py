@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import runpy
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from rung.model import load
 from rung.model.checkpoint import FORMAT_VERSION, Stored, load_checkpoint, pack_checkpoint, save_checkpoint
 from rung.model.potential import Potential
 from rung.model.predict import predict
+from rung.model.reference import compare
+from rung.model.uncertainty import Ensemble, LastLayer
 
 SAMPLES = Path(__file__).parent / "checkpoints"
 FIDELITIES = {"low": Fidelity("low", "GFN2-xTB", code="tblite 0.4"), "high": Fidelity("high", "MP2", "cc-pVDZ")}
@@ -95,6 +99,54 @@ def test_what_people_read(tmp_path: Path, potential: Potential) -> None:
     for words in ("H, C, O", "GFN2-xTB", "licence: CC0-1.0", "| builtin/low | 3 | 1.5 | - |"):
         assert words in card
     assert (save(tmp_path / "other", potential, card="# Mine\n") / "README.md").read_text() == "# Mine\n"
+
+
+def test_error_bars_come_back(tmp_path: Path, potential: Potential) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = dict(potential.named_parameters())
+    bars = {
+        "high": LastLayer(torch.randn(5, 5, dtype=torch.float64, generator=generator), noise=0.003, factor=1.25),
+        "low": Ensemble([weights, weights | {"e0_FZ": potential.e0_FZ}], factor=2.0),  # members share memory
+    }
+    folder = save(tmp_path / "model", potential, uncertainty=bars)
+    assert {file.name for file in folder.iterdir()} == FILES - {"raw.safetensors"} | {"uncertainty.safetensors"}
+    loaded = load_checkpoint(pack_checkpoint(folder)).uncertainty
+    assert loaded.keys() == bars.keys()
+    last, ensemble = loaded["high"], loaded["low"]
+    assert isinstance(last, LastLayer) and (last.noise, last.factor) == (0.003, 1.25)
+    torch.testing.assert_close(last.covariance_KK, bars["high"].covariance_KK, rtol=0, atol=0)
+    assert isinstance(ensemble, Ensemble) and ensemble.factor == 2.0
+    assert [member.keys() for member in ensemble.members] == [member.keys() for member in bars["low"].members]
+    for member in ensemble.members:
+        for name, value in weights.items():
+            torch.testing.assert_close(member[name], value.detach(), rtol=0, atol=0)
+    assert "error bars of energies at: high (last_layer), low (ensemble)" in (folder / "README.md").read_text()
+
+
+def test_bad_error_bars_are_named(tmp_path: Path, potential: Potential) -> None:
+    bar = LastLayer(torch.eye(2, dtype=torch.float64), noise=0.003)
+    with pytest.raises(ValueError, match="unknown fidelity 'middle'; known: low, high"):
+        save(tmp_path / "model", potential, uncertainty={"middle": bar})
+    assert not any(tmp_path.iterdir())
+    folder = save(tmp_path / "model", potential, uncertainty={"low": bar})
+    (folder / "uncertainty.safetensors").unlink()
+    with pytest.raises(ValueError, match="uncertainty.safetensors is missing"):
+        load_checkpoint(folder)
+    sign_again(folder)
+    with pytest.raises(ValueError, match="uncertainty.safetensors: uncertainty of 'low': 'covariance' is missing"):
+        load_checkpoint(folder)
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path, potential: Potential) -> None:
+    mask = os.umask(0o027)
+    try:
+        folder = save(tmp_path / "model", potential, raw_state=potential.state_dict())
+        tar = pack_checkpoint(folder)
+    finally:
+        os.umask(mask)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [*folder.iterdir(), tar]}
+    assert set(modes.values()) == {0o640}, modes
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
 
 
 def test_float64_weights_are_not_rounded(tmp_path: Path, potential: Potential) -> None:
@@ -212,6 +264,27 @@ def test_no_file_can_execute_code(tmp_path: Path, potential: Potential) -> None:
         load_checkpoint(folder)
 
 
+def test_files_of_a_newer_rung_do_not_hide_that_it_is_newer(tmp_path: Path, potential: Potential) -> None:
+    folder = save(tmp_path / "model", potential)
+    (folder / "charges.safetensors").write_bytes(b"...")
+    edit_info(folder, format_version=FORMAT_VERSION + 1)
+    for path in (folder, pack_checkpoint(folder)):
+        with pytest.raises(ValueError, match="is newer than this Rung reads"):
+            load_checkpoint(path)
+    (folder / "charges.safetensors").write_bytes(b"?..")
+    with pytest.raises(ValueError, match="charges.safetensors: expected SHA-256"):
+        load_checkpoint(folder)
+
+
+def test_a_list_of_digests_names_plain_files_only(tmp_path: Path, potential: Potential) -> None:
+    folder = save(tmp_path / "model", potential)
+    (tmp_path / "secret").write_bytes(b"...")
+    with (folder / "SHA256SUMS").open("a") as file:
+        file.write(f"{hashlib.sha256(b'...').hexdigest()}  ../secret\n")
+    with pytest.raises(ValueError, match="expected plain file names, found '../secret'"):
+        load_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [
@@ -234,7 +307,7 @@ def test_old_versions_are_upgraded_step_by_step(
     folder = save(tmp_path / "model", potential)
 
     def upgrade(mark: str) -> Callable[[Stored], Stored]:
-        return lambda old: Stored({**old.info, "steps": [*old.info.get("steps", []), mark]}, old.weights, None)
+        return lambda old: Stored({**old.info, "steps": [*old.info.get("steps", []), mark]}, old.weights, None, {})
 
     monkeypatch.setattr(checkpoint_module, "FORMAT_VERSION", FORMAT_VERSION + 2)
     steps = {FORMAT_VERSION: upgrade("first"), FORMAT_VERSION + 1: upgrade("second")}
@@ -250,6 +323,12 @@ def test_every_published_version_still_predicts_the_same(sample: Path) -> None:
     expected = loaded.evaluation["water"]
     assert prediction.energy == pytest.approx(expected["energy_ev"], abs=1e-4)
     np.testing.assert_allclose(prediction.forces, expected["forces_ev_per_angstrom"], rtol=1e-3, atol=1e-4)
+    assert loaded.info["format_version"] == FORMAT_VERSION
+    first = sample.parent.name == "v1"
+    assert loaded.uncertainty.keys() == (set() if first else {"low", "high"})
+    if loaded.reference is not None:
+        assert all(comparison.is_within for comparison in compare(loaded.potential, loaded.reference))
+    assert (loaded.reference is None) is first
 
 
 @pytest.mark.parametrize("conditioning", ["film", "heads"])
@@ -262,12 +341,16 @@ def test_the_format_changes_only_with_its_version(tmp_path: Path, conditioning: 
 
 def outline(folder: Path) -> dict[str, Any]:
     """Return what a reader of the format relies on: files, keys, and names, shapes and dtypes of tensors."""
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors = {path.name: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
     return {
         "files": sorted(path.name for path in folder.iterdir()),
         "info": keys(yaml.safe_load((folder / "rung.yaml").read_text())),
         "evaluation": keys(json.loads((folder / "evaluation.json").read_text())),
-        "tensors": {name: (str(value.dtype), tuple(value.shape)) for name, value in tensors.items()},
+        "reference": keys(json.loads((folder / "reference.json").read_text())["predictions"][0]),
+        "tensors": {
+            file: {name: (str(value.dtype), tuple(value.shape)) for name, value in state.items()}
+            for file, state in tensors.items()
+        },
     }
 
 

@@ -197,6 +197,28 @@ def test_it_equals_autograd_through_the_references(
     assert_equal(widened, expected, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape.values())))
+def test_masks_that_share_out_the_atoms_add_up_to_the_whole(direct_of: DirectOf, shape: dict[str, Any]) -> None:
+    """A mask's forces are those of the energies it keeps: autograd through a sum over these atoms."""
+    potential = make_potential(**shape)
+    batch = to_batch(BATCHES["several, two fidelities"])
+    whole = potential(batch, stress=True)
+    first = torch.rand(batch.num_atoms, generator=torch.Generator().manual_seed(0)) < 0.5
+    direct = direct_of(potential)
+    for evaluate in (potential, direct, lambda *a, **k: direct(batch, direct.composition(batch), **k)):
+        parts = [evaluate(batch, stress=True, owned_N=mask) for mask in (first, ~first)]
+        added = {name: getattr(parts[0], name) + getattr(parts[1], name) for name in vars(whole)}
+        assert_equal(Prediction(**added), whole, TOLERANCE[torch.float64])
+        assert torch.equal(parts[0].atomic_energy != 0, first)
+        energies = evaluate(batch, forces=False, owned_N=first)
+        torch.testing.assert_close(energies.energy, parts[0].energy, rtol=0, atol=1e-10)
+    positions = batch.positions.clone().requires_grad_()
+    moving = dataclasses.replace(batch, positions=positions)
+    energy_N = potential.train()(moving, forces=False).atomic_energy
+    (gradient,) = torch.autograd.grad(energy_N[first].sum(), positions)
+    torch.testing.assert_close(parts[0].forces, -gradient, rtol=0, atol=1e-10)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("structures", BATCHES.values(), ids=BATCHES.keys())
 def test_it_equals_autograd_through_the_references_on_a_gpu(structures: list[Structure]) -> None:

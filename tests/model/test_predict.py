@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from rung.data.batch import Budget, collate
+from rung.data.reaction import Reaction
 from rung.data.structure import Labels, Structure
 from rung.model.potential import Potential
-from rung.model.predict import ErrorSums, choose_fidelity, error_sums, evaluate, predict
+from rung.model.predict import (
+    ErrorSums,
+    choose_fidelity,
+    error_sums,
+    evaluate,
+    known_structures,
+    predict,
+    reaction_energies,
+    widened,
+)
 
 
 @pytest.fixture
@@ -95,6 +106,47 @@ def test_what_the_potential_does_not_know_is_named(potential: Potential, molecul
         predict(potential, [charged], "low")
     with pytest.raises(ValueError, match="structure 'CH3CH2OH': 9 atoms .* exceed the budget of 5 atoms"):
         predict(potential, molecules, "low", budget=Budget(max_atoms=5, max_edges=1000))
+
+
+def test_reaction_energies_evaluate_every_structure_once(
+    potential: Potential, molecules: list[Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    water, methane, ethanol = molecules
+    reactions = [
+        Reaction("mixed", "", (ethanol, water, methane), (1.0, -1.0, -0.5), 0.0),
+        Reaction("twice", "", (water, methane), (2.0, 1 / 3), 0.0),
+        Reaction.absolute(water, 0.0),
+    ]
+    seen: list[str] = []
+    check = potential.check_domain
+
+    def noted(numbers: list[int], *rest: Any) -> None:
+        seen.append("".join(sorted(map(str, numbers))))
+        check(numbers, *rest)
+
+    monkeypatch.setattr(potential, "check_domain", noted)
+    energies = reaction_energies(potential, reactions, "low")
+    assert sorted(seen) == ["111111668", "11116", "118"]
+    e = {one.key: one.energy for one in predict(potential, molecules, "low")}
+    expected = [e["CH3CH2OH"] - e["H2O"] - e["CH4"] / 2, 2 * e["H2O"] + e["CH4"] / 3, e["H2O"]]
+    assert energies.dtype == np.float64
+    np.testing.assert_allclose(energies, expected, rtol=0, atol=1e-8)
+    with pytest.raises(ValueError, match="structure 'CH3CH2OH': fidelity 'high' was not trained on O"):
+        reaction_energies(potential, reactions, "high")
+
+
+def test_unknown_structures_are_told_apart(potential: Potential, molecules: list[Structure]) -> None:
+    known, reasons = known_structures(potential, molecules, "high")
+    assert [structure.key for structure in known] == ["CH4"]
+    assert [reason.split(":")[0] for reason in reasons] == ["structure 'H2O'", "structure 'CH3CH2OH'"]
+
+
+def test_a_budget_is_widened_to_the_largest_structure(potential: Potential, molecules: list[Structure]) -> None:
+    budget = widened(Budget(max_atoms=5, max_edges=5), molecules, potential.config.cutoff)
+    assert budget.max_atoms == 9 and budget.max_edges > 5
+    assert len(predict(potential, molecules, "low", budget=budget)) == 3
+    enough = Budget(max_atoms=100, max_edges=10000)
+    assert widened(enough, molecules, potential.config.cutoff) == enough
 
 
 def test_a_fidelity_must_be_named_when_there_are_several() -> None:

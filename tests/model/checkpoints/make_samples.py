@@ -6,6 +6,7 @@ samples of older versions stay as they are.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 
 from rung.data.fidelity import Fidelity
 from rung.data.structure import Structure
-from rung.model.checkpoint import FORMAT_VERSION, save_checkpoint
+from rung.model.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint, write_checkpoint
 from rung.model.config import ModelConfig
 from rung.model.potential import Potential
 from rung.model.predict import predict
+from rung.model.reference import make_reference
+from rung.model.uncertainty import Ensemble, LastLayer
 
 WATER = Structure(
     key="water",
@@ -28,7 +31,7 @@ WATER = Structure(
 
 
 def make_sample(folder: Path, conditioning: Any) -> None:
-    """Save a small potential with `conditioning`, with its predictions for WATER as its evaluation."""
+    """Save a small potential with `conditioning` and every optional file, its predictions for WATER as evaluation."""
     config = ModelConfig((1, 8), ("low", "high"), channels=4, num_radial=4, fidelity_dim=4, conditioning=conditioning)
     potential = Potential(config).eval()
     potential.set_reference("low", {1: -13.6, 8: -2040.0})
@@ -44,7 +47,15 @@ def make_sample(folder: Path, conditioning: Any) -> None:
         datasets=[{"name": "none", "version": "1", "licence": "CC0-1.0", "sha256": "0" * 64}],
         evaluation={"water": {"energy_ev": water.energy, "forces_ev_per_angstrom": water.forces.tolist()}},
         raw_state=potential.state_dict(),
+        uncertainty={
+            "low": LastLayer(torch.eye(3, dtype=torch.float64), noise=0.002, factor=1.5),
+            "high": Ensemble([{"e0_FZ": potential.e0_FZ + shift} for shift in (0.0, 0.1)], factor=2.0),
+        },
     )
+    hydrogen = dataclasses.replace(WATER, key="hydrogen", group="hydrogen", numbers=np.array([1, 1], np.uint8))
+    hydrogen = dataclasses.replace(hydrogen, positions=WATER.positions[1:])
+    reference = make_reference(potential, [WATER, hydrogen])  # oxygen is not trained at "high"
+    write_checkpoint(folder, dataclasses.replace(load_checkpoint(folder), reference=reference))
 
 
 if __name__ == "__main__":

