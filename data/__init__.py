@@ -8,6 +8,7 @@ What travels
     structure.py         Structure and Labels: one structure; `validate`
     table.py             StructureTable: many structures as flat arrays, the form of everything below
     fidelity.py          Fidelity: one level of theory and its name
+    reaction.py          Reaction: an energy of a linear combination of structures
     units.py             factors to eV and angstrom
 
 From files to a dataset
@@ -32,6 +33,8 @@ On disk
     fetch.py             shards over http(s) or from a command
     cache.py             where fetched shards are kept on this machine, within a bound
     read.py              all structures of a dataset or of a file
+    reaction_file.py     tables of relative energies, YAML and CSV; reaction_row: one row, checked;
+                         reaction_geometry: the geometries that they name; gmtkn55: folders in that set's layout
     verify.py            a dataset held to its digests and counts
     report/              what `rung data inspect` finds: labels, outliers, leakage, signs and units
 

@@ -12,17 +12,7 @@ from ase.data import chemical_symbols
 
 from rung.data.reaction import Reaction
 from rung.data.structure import Structure
-from rung.data.units import HARTREE, KCAL_MOL, KJ_MOL
-
-# What one of a unit is in eV.
-UNITS = {
-    "eV": 1.0,
-    "meV": 1e-3,
-    "kcal/mol": KCAL_MOL,
-    "kJ/mol": KJ_MOL,
-    "hartree": HARTREE,
-    "rydberg": HARTREE / 2,
-}
+from rung.data.units import ENERGY_UNITS
 
 
 @dataclass(frozen=True)
@@ -96,10 +86,12 @@ def imbalance(reaction: Reaction) -> list[str]:
 def unit_factor(unit: str) -> float:
     """Return what one of a unit is in eV; raise ValueError that lists the known ones."""
     if not unit:
-        raise ValueError(f"unit: expected one of {', '.join(UNITS)}, found none")
-    if unit not in UNITS:
-        raise ValueError(f"unit: unknown unit '{unit}'; known: {', '.join(UNITS)}{hint(unit, list(UNITS))}")
-    return UNITS[unit]
+        raise ValueError(f"unit: expected one of {', '.join(ENERGY_UNITS)}, found none")
+    if unit not in ENERGY_UNITS:
+        raise ValueError(
+            f"unit: unknown unit '{unit}'; known: {', '.join(ENERGY_UNITS)}{hint(unit, list(ENERGY_UNITS))}"
+        )
+    return ENERGY_UNITS[unit]
 
 
 def hint(word: str, known: Sequence[str]) -> str:

@@ -70,12 +70,11 @@ def last_layer_scores(potential: Potential, posterior: Ridge, rows: Sequence[Rea
     return Scores(_errors(potential, rows, fidelity), std, atoms)
 
 
-def ensemble_scores(members: Sequence[Potential], judge: Potential, rows: Sequence[Reaction], fidelity: str) -> Scores:
-    """Return the errors of `judge` on rows, and the standard deviations of the members' energies."""
-    residuals = np.stack([_errors(member, rows, fidelity) for member in members])
-    atoms = np.array([row.num_atoms for row in rows])
-    std = np.maximum(residuals.std(0, ddof=1), 1e-9)  # members that agree exactly: no division by zero
-    return Scores(_errors(judge, rows, fidelity), std, atoms)
+def ensemble_scores(members: Sequence[Potential], rows: Sequence[Reaction], fidelity: str) -> Scores:
+    """Return the errors of the members' mean on rows, and the standard deviations of the members' energies."""
+    errors = np.stack([_errors(member, rows, fidelity) for member in members])
+    std = np.maximum(errors.std(0, ddof=1), 1e-9)  # members that agree exactly: no division by zero
+    return Scores(errors.mean(0), std, np.array([row.num_atoms for row in rows]))
 
 
 def _errors(potential: Potential, rows: Sequence[Reaction], fidelity: str) -> Floats:

@@ -6,22 +6,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ase.units
 import numpy as np
 from numpy.typing import NDArray
 
 from rung.data.reaction import Reaction, structures_of
 from rung.data.structure import Structure
+from rung.data.units import ENERGY_UNITS
 from rung.finetune.config import ChecksConfig
 
-# The number that an energy in eV becomes in a unit that is often taken for it.
-UNIT_FACTORS = {
-    "hartree": 1 / ase.units.Hartree,
-    "rydberg": 1 / ase.units.Rydberg,
-    "kcal/mol": ase.units.mol / ase.units.kcal,
-    "kJ/mol": ase.units.mol / ase.units.kJ,
-    "meV": 1000.0,
-}
+# The number that 1 eV becomes in a unit that is often taken for it.
+UNIT_FACTORS = {unit: 1 / in_ev for unit, in_ev in ENERGY_UNITS.items() if unit != "eV"}
 UNIT_TOLERANCE = 0.2  # relative, of the factor between labels and predictions
 MIN_STRUCTURES = 8  # below this a spread of residuals says nothing
 

@@ -59,15 +59,15 @@ def row_errors(potential: Potential, rows: Sequence[Reaction], fidelity: str) ->
     forces = any(s.labels[fidelity].forces is not None for s in structures if fidelity in s.labels)
     predictions = predict(potential, structures, fidelity, forces=forces)
     by_structure = {id(s): prediction for s, prediction in zip(structures, predictions, strict=True)}
-    absolute, relative, per_atom = ErrorSums(), [], []
+    relative, per_atom = [], []
     for row in rows:
         terms = zip(row.structures, row.coefficients, strict=True)
         error = sum(coefficient * by_structure[id(s)].energy for s, coefficient in terms) - row.energy
         per_atom.append(error / row.num_atoms)
-        if row.is_absolute:
-            absolute += Errors.of(row.structures[0], by_structure[id(row.structures[0])], fidelity).sums()
-        else:
+        if not row.is_absolute:
             relative.append(error)
+    labelled = [row.structures[0] for row in rows if row.is_absolute]
+    absolute = Errors.of(labelled, [by_structure[id(s)] for s in labelled], fidelity).sums()
     return RowErrors(absolute, tuple(relative), tuple(per_atom))
 
 

@@ -217,60 +217,61 @@ def carry_out(
     config, rows = recipe.config, target.train
     start = recipe.start(rows)
     num_folds = dataset.num_folds(config.split, len(rows))
+    apart: list[Reaction] = []
+    if num_folds == 0 or config.uncertainty == "ensemble":
+        # An ensemble is calibrated on rows that no member saw: a member that did not see a row is the one that errs
+        # on it, which the spread of all members would tell all too well.
+        fraction = config.split.validation_fraction
+        rows, apart = dataset.hold_out(rows, fraction, config.seed, "validation", notes)
     if num_folds == 0:
-        kept, held = dataset.hold_out(rows, config.split.validation_fraction, config.seed, "validation", notes)
-        final = recipe.fit(start, kept, held)
-        judged, folds = [Judged(final, held)], []
+        final = recipe.fit(start, rows, apart)
+        judged, folds = [Judged(final, apart)], []
     else:
-        if folded is None:
+        if folded is None or apart:
             parts = dataset.partition(rows, num_folds, config.seed, notes, "cross-validation")
             folded = cross_validate(recipe, start, rows, parts)
         judged, folds = folded, [fold.fit for fold in folded]
         steps = round(float(np.median([fold.trained.step for fold in folds])))
-        final = recipe.fit(start, rows, [], steps)
+        final = recipe.fit(start, target.train, [], steps)
         if recipe.strategy != "ridge":
-            notes.append(
-                f"the final potential is trained on all {len(rows)} structures for {steps} steps, the folds' median"
-            )
-    uncertainty, scores = calibrated(recipe, final, judged, notes)
+            count = len(target.train)
+            notes.append(f"the final potential is trained on all {count} rows for {steps} steps, the folds' median")
+    uncertainty, scores = calibrated(recipe, final, folds, [Judged(final, apart)] if apart else judged, notes)
     test_scores = None
     if target.test:
         if uncertainty is not None:
-            test_scores = scores_of(recipe, final, [part.fit for part in judged], target.test).scaled(
-                uncertainty.factor
-            )
+            test_scores = scores_of(recipe, final, folds, target.test).scaled(uncertainty.factor)
         judged = [Judged(final, target.test)]
     return Outcome(final, folds, judged, uncertainty, scores, test_scores)
 
 
 def calibrated(
-    recipe: Recipe, final: Fit, held: Sequence[Judged], notes: list[str]
+    recipe: Recipe, final: Fit, folds: Sequence[Fit], held: Sequence[Judged], notes: list[str]
 ) -> tuple[Uncertainty | None, Scores | None]:
-    """Return the uncertainty of the final potential, calibrated on the rows that its folds (or it) did not train on.
+    """Return the uncertainty of the final potential, calibrated on rows that were not trained on.
 
     The scores are after calibration.
     """
     kind = recipe.config.uncertainty
     if kind == "none":
         return None, None
-    fits = [part.fit for part in held]
-    scores = Scores.joined([scores_of(recipe, part.fit, fits, part.rows) for part in held])
+    scores = Scores.joined([scores_of(recipe, part.fit, folds, part.rows) for part in held])
     factor = 1.0
     if len(scores.error) >= MIN_ROWS:
         factor = scores.factor
     else:
         notes.append(f"uncertainties are not calibrated: {len(scores.error)} rows were held out, {MIN_ROWS} are needed")
     if kind == "ensemble":
-        return Ensemble([changes(final.potential, fit.potential) for fit in fits], factor), scores.scaled(factor)
+        return Ensemble([changes(final.potential, fit.potential) for fit in folds], factor), scores.scaled(factor)
     assert final.posterior is not None
     return final.posterior.last_layer(factor), scores.scaled(factor)
 
 
 def scores_of(recipe: Recipe, fit: Fit, ensemble: Sequence[Fit], rows: Sequence[Reaction]) -> Scores:
-    """Return the errors of a fit on rows, and the standard deviations before calibration."""
+    """Return the errors of a fit (of an ensemble: of its mean) on rows, and the standard deviations predicted."""
     fidelity = recipe.config.fidelity
     if recipe.config.uncertainty == "ensemble":
-        return ensemble_scores([member.potential for member in ensemble], fit.potential, rows, fidelity)
+        return ensemble_scores([member.potential for member in ensemble], rows, fidelity)
     assert fit.posterior is not None
     return last_layer_scores(fit.potential, fit.posterior, rows, fidelity)
 

@@ -65,7 +65,7 @@ def posterior(potential: Potential, rows: Sequence[Reaction], fidelity: str, lik
     After gradient steps the training rows are explained so well that the noise cannot be told from them: the features
     are those of the trained potential, but what a label determines is judged as it was before the first step.
     """
-    return Regression.of(potential, rows, fidelity).posterior(np.log(like.noise), np.log(like.prior_std))
+    return Regression.of(potential, rows, fidelity).posterior(np.log(like.noise), np.log(like.prior_std).tolist())
 
 
 def derivatives(potential: Potential, reactions: Sequence[Reaction], fidelity: str) -> Floats:

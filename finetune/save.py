@@ -17,6 +17,7 @@ from rung.finetune.dataset import TargetSet, digest
 from rung.finetune.recipe import Outcome
 from rung.model.checkpoint import DIGESTS, Checkpoint, save_checkpoint
 from rung.model.config import to_mapping
+from rung.model.hub import resolve
 from rung.model.potential import Potential
 from rung.model.uncertainty import Uncertainty
 
@@ -90,5 +91,5 @@ def describe_data(data: str, fidelity: str) -> Fidelity:
 
 def checkpoint_digest(name: str) -> str:
     """Return the SHA-256 of a checkpoint's list of digests (a folder) or of the file (a tar)."""
-    path = Path(name)
+    path = resolve(name)
     return hashlib.sha256((path / DIGESTS if path.is_dir() else path).read_bytes()).hexdigest()

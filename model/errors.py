@@ -96,18 +96,17 @@ class Errors:
             energy.append(None if labels.energy is None else (prediction.energy - labels.energy) / structure.num_atoms)
             forces.append(_difference(prediction.forces, labels.forces))
             stress.append(_difference(prediction.stress, labels.stress))
-        nothing = [np.zeros((0, 3))]  # so that no structures are no error
-        absent = [
-            np.zeros((structure.num_atoms, 3)) if one is None else one for structure, one in zip(structures, forces)
-        ]
+        sizes = [structure.num_atoms for structure in structures]
+        absent = [np.zeros((size, 3)) for size in sizes]
+        of_atoms = [zero if one is None else one for zero, one in zip(absent, forces, strict=True)]
         return cls(
             numbers_N=np.concatenate([np.zeros(0, np.uint8), *(structure.numbers for structure in structures)]),
-            structure_N=np.repeat(np.arange(len(structures)), [structure.num_atoms for structure in structures]),
+            structure_N=np.repeat(np.arange(len(structures)), np.array(sizes, np.int64)),
             has_energy_M=np.array([one is not None for one in energy], np.bool_),
             has_forces_M=np.array([one is not None for one in forces], np.bool_),
             has_stress_M=np.array([one is not None for one in stress], np.bool_),
             energy_M=np.array([0.0 if one is None else one for one in energy]),
-            forces_N3=np.concatenate(nothing + absent),
+            forces_N3=np.concatenate([np.zeros((0, 3)), *of_atoms]),  # of no structures, too
             stress_M33=np.array([np.zeros((3, 3)) if one is None else one for one in stress]).reshape(-1, 3, 3),
         )
 

@@ -113,9 +113,9 @@ def read_box(path: Path | str) -> Atoms:
     """Return the last structure of a file; raise ValueError when it is not periodic in three directions."""
     try:
         atoms = read(path)
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:  # ASE's readers raise anything
+    except Exception as error:  # ASE's readers raise anything, some an OSError of their own
         raise ValueError(f"{path}: not a structure that ASE reads: {error}") from error
     assert isinstance(atoms, Atoms)
     if not (atoms.pbc.all() and atoms.cell.rank == 3):

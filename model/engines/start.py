@@ -59,7 +59,8 @@ def read_frame(path: Path, frame: int | None) -> Atoms:
     number = 0 if frame is None else frame
     if not -len(frames) <= number < len(frames):
         raise ValueError(f"--frame {number}: {path} has {len(frames)} frames (0 is the first, -1 the last)")
-    atoms: Atoms = frames[number]
+    atoms = frames[number]
+    assert isinstance(atoms, Atoms)
     if not np.isfinite(atoms.positions).all():
         raise ValueError(f"{path}: positions: expected finite numbers")
     return atoms

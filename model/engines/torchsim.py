@@ -236,8 +236,7 @@ def _placed(table: StructureTable, state: SimState) -> StructureTable:
     if not np.isfinite(positions).all():
         system = int(state.system_idx[int(np.flatnonzero(~np.isfinite(positions).all(1))[0])])
         raise ValueError(f"positions of '{table.keys[system]}': expected finite numbers; did the dynamics blow up?")
-    cell = state.row_vector_cell.detach().cpu().numpy()
-    cell = np.ascontiguousarray(cell) if table.pbc.any() else np.zeros_like(cell)  # a box around molecules is none
+    cell = np.ascontiguousarray(state.row_vector_cell.detach().cpu().numpy())
     return replace(table, positions=positions, cell=cell)
 
 

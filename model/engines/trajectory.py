@@ -23,10 +23,11 @@ def check_trajectory(path: Path) -> None:
 def last_frame(path: Path) -> Atoms:
     """Return the last frame of a trajectory; raises ValueError for a file without one, or with a damaged one."""
     try:
-        atoms: Atoms = read(path, index=-1)
+        atoms = read(path, index=-1)
     except Exception as error:  # ASE's readers raise anything
         message = f"{path}: ASE cannot read its last frame ({type(error).__name__}: {error})"
         raise ValueError(f"{message}; remove what is damaged at its end, or begin anew") from error
+    assert isinstance(atoms, Atoms)
     return atoms
 
 

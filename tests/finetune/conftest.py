@@ -13,7 +13,9 @@ import torch
 from ase.build import molecule
 
 from rung.data.fidelity import Fidelity
+from rung.data.reaction import Reaction
 from rung.data.structure import Labels, Structure
+from rung.finetune.dataset import absolute_rows
 from rung.model.checkpoint import save_checkpoint
 from rung.model.config import ModelConfig
 from rung.model.potential import Potential
@@ -92,6 +94,17 @@ def harder(shifted: list[Structure]) -> list[Structure]:
         high = Labels(old.energy + 0.5 * float(pairs.sum()), forces)
         result.append(dataclasses.replace(structure, labels=structure.labels | {"high": high}))
     return result
+
+
+@pytest.fixture
+def high(shifted: list[Structure]) -> list[Reaction]:
+    """The total energies of `shifted` at `high` as rows."""
+    return rows_of(shifted)
+
+
+def rows_of(structures: Sequence[Structure], fidelity: str = "high") -> list[Reaction]:
+    """Return the total energies of structures as rows."""
+    return absolute_rows(structures, fidelity)
 
 
 @pytest.fixture

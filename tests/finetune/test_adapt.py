@@ -9,6 +9,7 @@ from rung.data.batch import Batch, collate
 from rung.data.structure import Structure
 from rung.finetune.adapt import STRATEGIES, Adaptation
 from rung.finetune.config import TrainingConfig
+from rung.finetune.dataset import absolute_rows
 from rung.finetune.train import Target, Trained, train
 from rung.model.potential import Potential
 
@@ -30,7 +31,7 @@ def batch(started: Potential, shifted: list[Structure]) -> Batch:
 
 
 def adapt(started: Potential, structures: list[Structure], strategy: str) -> Trained:
-    target = Target("high", structures, [], use_forces=False)
+    target = Target("high", absolute_rows(structures, "high"), [], use_forces=False)
     training = TrainingConfig(steps=5, batch_size=8, learning_rate=0.01, rank=2)
     return train(started, Adaptation(started, ["high"], strategy, rank=2), target, training)
 
@@ -68,7 +69,8 @@ def test_adapter_changes_matrices_by_low_rank_and_vectors_not(started: Potential
     stacked = {name for name, _ in started.fidelity_parameters()}
     # The served weights average several products; the adapted weights themselves are pretrained plus one product.
     adaptation = Adaptation(started, ["high"], "adapter", rank=2)
-    train(started, adaptation, Target("high", harder, [], False), TrainingConfig(steps=5, learning_rate=0.01))
+    target = Target("high", absolute_rows(harder, "high"), [], False)
+    train(started, adaptation, target, TrainingConfig(steps=5, learning_rate=0.01))
     moved = adaptation.weights()
     for name in before.keys() - stacked:
         if before[name].dim() < 2:
@@ -109,5 +111,5 @@ def test_pull_is_half_the_squared_distance_and_its_gradient_the_distance(started
 
 
 def test_unknown_strategy_is_named(started: Potential) -> None:
-    with pytest.raises(ValueError, match="strategy: expected one of full, adapter, embedding, found 'ridge'"):
+    with pytest.raises(ValueError, match="strategy: expected one of embedding, adapter, full, found 'ridge'"):
         Adaptation(started, ["high"], "ridge")

@@ -11,6 +11,7 @@ import pytest
 from rung.data.structure import Labels, Structure
 from rung.finetune import checks
 from rung.finetune.config import ChecksConfig
+from rung.finetune.dataset import absolute_rows
 
 CONFIG = ChecksConfig()
 
@@ -31,7 +32,7 @@ def relabelled(structure: Structure, key: str, energy_change: float) -> Structur
 
 def test_one_geometry_with_two_energies_is_named(shifted: list[Structure]) -> None:
     structures = [*shifted, relabelled(shifted[2], "again", 0.2)]
-    findings = checks.duplicates(structures, "high", CONFIG)
+    findings = checks.duplicates(absolute_rows(structures, "high"), CONFIG)
     assert [finding.kind for finding in findings] == ["duplicate"]
     assert "'CH3OH-0' and 'again' are one geometry with two energies" in findings[0].message
 
@@ -39,12 +40,12 @@ def test_one_geometry_with_two_energies_is_named(shifted: list[Structure]) -> No
 def test_equal_duplicates_and_different_charges_are_no_contradiction(shifted: list[Structure]) -> None:
     charged = dataclasses.replace(relabelled(shifted[2], "cation", 8.0), charge=1, multiplicity=2)
     structures = [*shifted, relabelled(shifted[2], "again", 0.0), charged]
-    assert checks.duplicates(structures, "high", CONFIG) == []
+    assert checks.duplicates(absolute_rows(structures, "high"), CONFIG) == []
 
 
 def test_a_training_structure_among_the_test_structures_is_named(shifted: list[Structure]) -> None:
     test = [*shifted[20:], relabelled(shifted[0], "copy", 0.0)]
-    findings = checks.leaks(shifted[:20], test, CONFIG)
+    findings = checks.leaks(absolute_rows(shifted[:20], "high"), absolute_rows(test, "high"), CONFIG)
     assert [finding.message for finding in findings] == ["test structure 'copy' is training structure 'H2O-0'"]
 
 

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
+from rung.data.reaction import Reaction
 from rung.data.structure import Labels, Structure
 from rung.finetune import dataset
-from rung.finetune.config import FinetuneConfig, SplitConfig
+from rung.finetune.config import FinetuneConfig, SplitConfig, TrainingConfig
 
 
 def test_folds_are_a_partition_without_leaks(shifted: list[Structure]) -> None:
@@ -54,11 +55,19 @@ def test_structures_without_an_energy_are_named(shifted: list[Structure]) -> Non
         dataset.require_energies([*shifted[:3], broken], "high", "my.extxyz")
 
 
-def test_a_training_view_holds_only_what_may_be_trained_on(shifted: list[Structure]) -> None:
-    energies_only = dataset.training_view(shifted, "high", use_forces=False)
-    assert all(s.labels["high"].forces is None and set(s.labels) == {"high"} for s in energies_only)
-    assert all(s.labels["high"].energy == t.labels["high"].energy for s, t in zip(energies_only, shifted, strict=True))
-    assert dataset.training_view(shifted, "high", use_forces=True)[0].labels["high"].forces is not None
+def test_a_training_view_holds_only_what_may_be_trained_on(high: list[Reaction]) -> None:
+    for use_forces in (False, True):
+        for row, seen in zip(high, dataset.training_view(high, "high", use_forces), strict=True):
+            (structure,), (old,) = seen.structures, row.structures
+            assert set(structure.labels) == {"high"} and seen.energy == row.energy == old.labels["high"].energy
+            assert (structure.labels["high"].forces is not None) == use_forces
+
+
+def test_a_structure_that_rows_share_stays_one(high: list[Reaction]) -> None:
+    a, b, c = (row.structures[0] for row in high[:3])
+    rows = [Reaction("1", "g", (a, b), (1.0, -1.0), 0.0), Reaction("2", "g", (a, c), (1.0, -1.0), 0.0)]
+    first, second = dataset.training_view(rows, "high", use_forces=False)
+    assert first.structures[0] is second.structures[0]
 
 
 @pytest.mark.parametrize(("folds", "structures", "expected"), [(-1, 199, 5), (-1, 200, 0), (0, 20, 0), (3, 900, 3)])
@@ -71,6 +80,11 @@ def test_small_sets_get_folds(folds: int, structures: int, expected: int) -> Non
     [
         ({"replay": ("builtin",)}, "replay: expected DATASET:FIDELITY, found builtin"),
         ({"replay": ("builtin:low",), "strategy": "embedding"}, "replay: expected strategy full or adapter"),
+        ({"replay": ("builtin:low",), "strategy": "ridge"}, "replay: expected strategy full or adapter"),
+        ({"also": ("builtin",)}, "also: expected DATASET:FIDELITY, found builtin"),
+        ({"uncertainty": "ensemble", "split": SplitConfig(folds=0)}, "uncertainty: expected split.folds of at least 2"),
+        ({"training": TrainingConfig(max_forgetting=0.1)}, "training.max_forgetting: expected replay=DATASET"),
+        ({"training": TrainingConfig(layer_decay=1.5)}, "training.layer_decay: expected 0 < layer_decay <= 1"),
         ({"split": SplitConfig(folds=1)}, "split.folds: expected -1"),
         ({"fidelity": "CCSD(T)"}, "expected lower-case letters"),
     ],

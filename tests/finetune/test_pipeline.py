@@ -15,8 +15,9 @@ import torch
 from rung.data.structure import Structure
 from rung.finetune.adapt import Adaptation
 from rung.finetune.config import FinetuneConfig, SplitConfig, TrainingConfig
+from rung.finetune.dataset import absolute_rows
 from rung.finetune.pipeline import finetune
-from rung.finetune.replay import ReplayTask, replay_structures
+from rung.finetune.replay import ReplayTask, replay_rows
 from rung.finetune.train import Target, train
 from rung.launch.cli import main
 from rung.model.checkpoint import load_checkpoint
@@ -48,9 +49,9 @@ def test_command_line_from_file_to_report(
     assert report["parent"] == "low"
     assert report["labels"] == 24
     assert report["measured_on"] == "8 test structures, not trained on"
-    assert set(report["target"]) == {"before", "after", "scratch"}
+    assert set(report["target"]) == {"before", "ridge", "after", "scratch"}
     assert report["target"]["after"]["num_forces"] == 8
-    assert report["target"]["after"][ENERGY] <= report["target"]["before"][ENERGY]
+    assert report["target"]["after"][ENERGY] < report["target"]["scratch"][ENERGY]
     assert set(report["drift"]) == {"low", "other", "high"}
     printed = capsys.readouterr().out
     assert printed == (out / "report.txt").read_text()
@@ -114,10 +115,10 @@ def test_equal_seeds_give_equal_numbers(
 def test_replay_reduces_forgetting(potential: Potential, harder: list[Structure]) -> None:
     """The `low` labels are the pretrained potential's own predictions, so its error before fine-tuning is zero."""
     potential.add_fidelity("high", "low", {z: e0 + SHIFT[z] for z, e0 in E0.items()})
-    task = ReplayTask("memory", "low", harder, harder)
-    target = Target("high", harder, [], use_forces=False)
+    task = ReplayTask("memory", "low", harder, harder, weight=0.003)
+    target = Target("high", absolute_rows(harder, "high"), [], use_forces=False)
     errors = []
-    for replay in (None, replay_structures([task], seed=0)):
+    for replay in (None, replay_rows([task], seed=0)):
         adaptation = Adaptation(potential, ["high", "low"], "full")
         training = TrainingConfig(steps=60, batch_size=8, learning_rate=0.01, replay_ratio=2.0, l2_pull=0.0)
         trained = train(potential, adaptation, target, training, replay=replay)

@@ -7,6 +7,7 @@ import pytest
 from rung.data.structure import Structure
 from rung.finetune import train
 from rung.finetune.config import TrainingConfig
+from rung.finetune.dataset import absolute_rows
 from rung.model.potential import Potential
 
 
@@ -14,9 +15,10 @@ def test_the_latest_weights_within_the_tolerance_are_kept(
     potential: Potential, shifted: list[Structure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = iter([10.0, 8.0, 8.5, 9.5, 8.7, 20.0, 20.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: {"energy_mae_mev_per_atom": next(errors)})
-    target = train.Target("low", shifted[:8], shifted[8:], use_forces=False)
-    stopping = train.EarlyStopping(potential, target, patience=2, tolerance=0.1)
+    monkeypatch.setattr(train, "validation_errors", lambda *_: {"row_mae_mev_per_atom": next(errors)})
+    rows = absolute_rows(shifted, "low")
+    target = train.Target("low", rows[:8], rows[8:], use_forces=False)
+    stopping = train.EarlyStopping(potential, target, TrainingConfig(patience=2, evaluate_every=1, tolerance=0.1))
     kept = []
     for step in range(7):
         stopping.judge(potential, step)
@@ -26,7 +28,8 @@ def test_the_latest_weights_within_the_tolerance_are_kept(
 
 
 def test_without_validation_the_last_weights_are_kept(potential: Potential, shifted: list[Structure]) -> None:
-    stopping = train.EarlyStopping(potential, train.Target("low", shifted, [], False), patience=1, tolerance=0.1)
+    target = train.Target("low", absolute_rows(shifted, "low"), [], False)
+    stopping = train.EarlyStopping(potential, target, TrainingConfig(patience=1, evaluate_every=1))
     assert [stopping.judge(potential, step) for step in range(3)] == [{}, {}, {}]
     assert stopping.step == 2
 
@@ -41,6 +44,6 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch(potential: Potential, shifted: list[Structure]) -> None:
-    target = train.Target("low", shifted[:3], [], use_forces=False)
+    target = train.Target("low", absolute_rows(shifted[:3], "low"), [], use_forces=False)
     batches = train.make_batches(potential, target, TrainingConfig(batch_size=16), None, seed=0)
     assert sorted(next(batches).keys) == sorted(s.key for s in shifted[:3])

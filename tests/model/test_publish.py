@@ -24,7 +24,7 @@ from rung.model import publish as publish_module
 from rung.model.checkpoint import load_checkpoint, save_checkpoint, write_checkpoint
 from rung.model.config import ModelConfig
 from rung.model.potential import Potential
-from rung.model.predict import evaluate, predict
+from rung.model.predict import predict
 from rung.model.publish import publish, verify
 from rung.model.reference import Comparison, compare, make_reference
 
@@ -212,8 +212,8 @@ def test_of_a_dataset_the_test_split_is_taken(tmp_path: Path, monkeypatch: pytes
     folder = save(tmp_path / "trained", potential, fidelities=described)
     publish(folder, tmp_path / "out", data=["builtin"])
     evaluation = load_checkpoint(tmp_path / "out").evaluation
-    expected = evaluate(potential, read_any("builtin", "mp2_ccpvdz", "test"), "mp2_ccpvdz")
-    assert evaluation["builtin/mp2_ccpvdz"] == pytest.approx(expected)
+    labelled = len(read_any("builtin", "mp2_ccpvdz", "test"))
+    assert evaluation["builtin/mp2_ccpvdz"]["num_energies"] == labelled
     assert "builtin/other" not in evaluation
 
 

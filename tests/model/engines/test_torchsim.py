@@ -262,3 +262,15 @@ def test_bad_states_are_errors_that_name_the_system(checkpoint: Checkpoint) -> N
         model(state)
     with pytest.raises(ValueError, match="make a new one"):
         model.to(torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["molecules", "crystals"])
+def test_a_gpu_gives_what_the_cpu_gives(kind: str, checkpoint: Checkpoint, request: pytest.FixtureRequest) -> None:
+    state = state_of(request.getfixturevalue(kind))
+    expected, model = cation_model(checkpoint)(state), cation_model(checkpoint, device="cuda")
+    moved = state.clone().to(torch.device("cuda"))
+    for _ in range(3):  # periodic systems keep neighbours from the second call on
+        results = {name: value.cpu() for name, value in model(moved).items()}
+    torch.testing.assert_close(results, expected, atol=1e-9, rtol=1e-9, equal_nan=True)
