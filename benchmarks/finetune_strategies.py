@@ -32,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full from parent": {"strategy": "full", "start": "parent"},
     "full layer_decay 0.5": {"strategy": "full", "training": TrainingConfig(layer_decay=0.5)},
     "full l2_pull 1e-3": {"strategy": "full", "training": TrainingConfig(l2_pull=1e-3)},
+    "full ensemble": {"strategy": "full", "uncertainty": "ensemble"},
+    "ridge ensemble": {"strategy": "ridge", "uncertainty": "ensemble"},
     "full replay": {"strategy": "full", "replay": ("builtin:wb97x_631gd",)},
 }
 

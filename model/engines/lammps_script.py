@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 lmp,
                 checkpoint,
                 args.fidelity,
-                elements=args.elements.split(",") if args.elements else None,
+                elements=args.elements.replace(" ", "").split(",") if args.elements else None,
                 charge=args.charge,
                 multiplicity=args.multiplicity,
                 device=args.device,

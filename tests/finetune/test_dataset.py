@@ -81,6 +81,7 @@ def test_small_sets_get_folds(folds: int, structures: int, expected: int) -> Non
         ({"replay": ("builtin",)}, "replay: expected DATASET:FIDELITY, found builtin"),
         ({"replay": ("builtin:low",), "strategy": "embedding"}, "replay: expected strategy full or adapter"),
         ({"replay": ("builtin:low",), "strategy": "ridge"}, "replay: expected strategy full or adapter"),
+        ({"use_forces": True, "strategy": "ridge"}, "use_forces: expected strategy embedding, adapter or full"),
         ({"also": ("builtin",)}, "also: expected DATASET:FIDELITY, found builtin"),
         ({"uncertainty": "ensemble", "split": SplitConfig(folds=0)}, "uncertainty: expected split.folds of at least 2"),
         ({"training": TrainingConfig(max_forgetting=0.1)}, "training.max_forgetting: expected replay=DATASET"),

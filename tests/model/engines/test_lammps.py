@@ -53,6 +53,12 @@ fix move all nve
 timestep 0.0001
 thermo 10
 run 100
+variable i loop 3
+label again
+run 1
+next i
+jump SELF again
+print done file done
 """
 
 
@@ -284,6 +290,7 @@ def test_it_equals_ase_and_conserves_energy(
     kinetic = np.array([row["ke"] for row in rows])
     assert len(rows) == 11 and np.ptp(kinetic) > 1e-3
     assert np.ptp(total) < 1e-3 * np.ptp(kinetic)
+    assert len(thermo(log, 4)) == 2 and (tmp_path / "done").exists()
 
 
 DRIVER = """
@@ -312,6 +319,11 @@ attach(lmp, checkpoint, "low", dtype="float64")  # the masses say which elements
 lmp.command("run 0")
 forces = lmp.numpy.extract_atom("f")[: lmp.extract_setting("nlocal")].tolist()
 found["real"] = [lmp.get_thermo("pe"), lmp.get_thermo("press"), forces]
+
+lmp = start("change_box all boundary s p p")
+attach(lmp, checkpoint, "low", dtype="float64", fix="rung")
+lmp.command("run 0")
+found["slab"] = [lmp.get_thermo("pe"), lmp.get_thermo("pyy") * lmp.get_thermo("vol")]
 
 lmp = start("velocity all create 300 1", "fix box all nph iso 0 0 0.1", "timestep 0.0001")
 attach(lmp, checkpoint, "low", dtype="float64", elements=["H", "C", "O"])
@@ -363,6 +375,15 @@ def test_attaching_in_python(checkpoint: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.array(forces) * kcal, atoms.get_forces(), rtol=0, atol=1e-8)
     expected = -atoms.get_stress()[:3].mean() / (101325 * units.Pascal)
     assert pressure == pytest.approx(expected, rel=1e-5)
+    slab = atoms.copy()
+    slab.wrap()
+    slab.pbc, slab.calc = (False, True, True), atoms.calc
+    assert found["slab"][0] == pytest.approx(slab.get_potential_energy(), abs=1e-6)
+    wide = slab.copy()  # the slab as a crystal of slabs that do not see each other
+    wide.cell[0, 0] += 20
+    wide.pbc, wide.calc = True, atoms.calc
+    expected = -wide.get_stress()[1] * wide.get_volume() / (1e5 * units.Pascal)
+    assert found["slab"][1] == pytest.approx(expected, rel=1e-5)
     first, last, kinetic, volume = found["nph"]
     assert abs(volume / atoms.get_volume() - 1) > 1e-5
     assert abs(last - first) < 1e-3 * kinetic
@@ -388,6 +409,7 @@ def test_an_export_runs_as_it_says(checkpoint: Path, tmp_path: Path) -> None:
     assert any(words[:5] == ["mpiexec", "-n", "2", "rung", "lammps"] and words[5:] == one[2:] for words in lines)
     done = run_process(tmp_path / "out", "-c", SCRIPT, *one[2:])
     assert (done.returncode, done.stderr) == (0, "")
+    assert "ghost" not in done.stdout
     assert "Minimization stats" in done.stdout and "for 100 steps with 81 atoms" in done.stdout
     assert len(read(tmp_path / "out/trajectory.dump", ":", format="lammps-dump-text")) == 11
 
