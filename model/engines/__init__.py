@@ -1,11 +1,16 @@
 """Programs that move atoms with a checkpoint: relaxation and molecular dynamics, LAMMPS, torch-sim, i-PI.
 
-In: a checkpoint and a fidelity. Out: trajectories and final structures, or forces for another program. Each program that
-is not ASE is an extra, imported only where it is used.
+In: a checkpoint and a fidelity. Out: trajectories and final structures, or forces for another program. Each program
+that is not ASE is an extra, imported only where it is used.
 
-relax.py     `rung relax`: ASE's optimizers
-md.py        `rung md`: ASE's integrators
-lammps.py    LAMMPS, by `fix external`, on any number of MPI ranks; `rung lammps`
-torchsim.py  model wrapper for torch-sim's batched integrators
-ipi.py       `rung ipi`: client of an i-PI server
+start.py          what the commands have in common: options, the structure, the calculator
+trajectory.py     frames on disk
+progress.py       a bar or lines; Ctrl-C finishes the step
+relax.py          `rung relax`: ASE's optimizers
+md.py             `rung md`: ASE's integrators
+lammps.py         LAMMPS by `fix external`, on any number of MPI ranks; `rung lammps`
+lammps_domain.py  what one rank computes: its own atoms in their surroundings
+lammps_script.py  an input script before and after the fix
+torchsim.py       model wrapper for torch-sim's batched integrators
+ipi.py            `rung ipi`: client of an i-PI server
 """

@@ -57,11 +57,11 @@ def total_energies(atoms: Atoms, timestep: float, femtoseconds: float, every: fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["molecule", "box"])
-def test_no_energy_is_won_or_lost_in_10_ps(checkpoint: Checkpoint, name: str, dtype: str) -> None:
+def test_no_energy_is_won_or_lost_in_10_ps(checkpoint: Checkpoint, name: str) -> None:
+    """In float32, as it is used; float64 has less to lose."""
     atoms = at_rest(checkpoint, name)
-    atoms.calc = RungCalculator(checkpoint, "low", dtype=dtype)  # type: ignore[arg-type]
+    atoms.calc = RungCalculator(checkpoint, "low", dtype="float32")
     found = total_energies(atoms, timestep=1.0, femtoseconds=10_000, every=5)
     tenth = len(found) // 10
     assert abs(found[-tenth:].mean() - found[:tenth].mean()) < DRIFT

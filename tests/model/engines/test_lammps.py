@@ -26,9 +26,9 @@ from rung.data.fidelity import Fidelity
 from rung.model.ase_calculator import RungCalculator
 from rung.model.checkpoint import load_checkpoint, save_checkpoint
 from rung.model.config import ModelConfig
-from rung.model.engines.lammps import element_of_mass
 from rung.model.engines.lammps_domain import Box, Domain, halo
 from rung.model.engines.lammps_script import split_script
+from rung.model.engines.lammps_types import element_of_mass
 from rung.model.export import export_lammps
 from rung.model.export import run as run_export
 from rung.model.potential import Potential
@@ -409,7 +409,7 @@ def test_an_export_runs_as_it_says(checkpoint: Path, tmp_path: Path) -> None:
     assert any(words[:5] == ["mpiexec", "-n", "2", "rung", "lammps"] and words[5:] == one[2:] for words in lines)
     done = run_process(tmp_path / "out", "-c", SCRIPT, *one[2:])
     assert (done.returncode, done.stderr) == (0, "")
-    assert "ghost" not in done.stdout
+    assert "No ghost atoms" not in done.stdout
     assert "Minimization stats" in done.stdout and "for 100 steps with 81 atoms" in done.stdout
     assert len(read(tmp_path / "out/trajectory.dump", ":", format="lammps-dump-text")) == 11
 
