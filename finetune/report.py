@@ -1,4 +1,4 @@
-"""What a run tells: plain text for people, JSON for programs."""
+"""What a run tells: text and a page for people, JSON for programs, plots."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from typing import Any
 
 from ase.data import chemical_symbols
 
+from rung.finetune import plots
+from rung.finetune.breakdown import Predictions
 from rung.finetune.calibration import Scores
 from rung.finetune.checks import Finding
 from rung.finetune.config import FinetuneConfig
+from rung.finetune.html import number
+from rung.finetune.page import page
 from rung.finetune.reference import Parent
+from rung.model.config import to_mapping
+from rung.model.provenance import git_commit, package_versions
 from rung.model.uncertainty import Uncertainty
 
 Errors = Mapping[str, float | None]
@@ -38,6 +44,7 @@ class Measured:
     uncertainty: Uncertainty | None
     calibration: Scores | None  # errors beside standard deviations, of the rows that those were calibrated on
     test_scores: Scores | None  # the same of the test rows
+    predictions: Predictions  # of the rows that the errors are measured on
     steps: int  # of the weights that were kept
     seconds: float
 
@@ -61,9 +68,15 @@ def metrics(config: FinetuneConfig, measured: Measured) -> dict[str, Any]:
         "uncertainty": uncertainty(measured),
         "findings": [asdict(finding) for finding in measured.findings],
         "notes": list(measured.notes),
+        "rows": measured.predictions.table(),
+        "by_element": measured.predictions.by_element(),
+        "by_size": measured.predictions.by_size(),
         "steps": measured.steps,
         "history": {name: [dict(row) for row in rows] for name, rows in measured.histories.items()},
         "seconds": measured.seconds,
+        "settings": to_mapping(config),
+        "versions": package_versions(),
+        "git_commit": git_commit(),
     }
 
 
@@ -80,7 +93,9 @@ def measured_on(measured: Measured) -> str:
     """Return in words which structures the target's errors are of."""
     if measured.num_test:
         return f"{measured.num_test} test structures, not trained on"
-    return f"{measured.num_folds}-fold cross-validation (slightly optimistic: it chose the number of steps)"
+    folds = f"{measured.num_folds}-fold cross-validation"
+    stepped = any(measured.histories.values())
+    return f"{folds} (slightly optimistic: it chose the number of steps)" if stepped else folds
 
 
 def parents_table(parents: Sequence[Parent]) -> str:
@@ -93,7 +108,7 @@ def parents_table(parents: Sequence[Parent]) -> str:
     return "\n".join(lines)
 
 
-def text(config: FinetuneConfig, measured: Measured, checkpoint: Path, plots: Sequence[Path]) -> str:
+def text(config: FinetuneConfig, measured: Measured, checkpoint: Path, html: Path) -> str:
     """Return the report for the terminal."""
     rows = {name: measured.errors[stage] for stage, name in stage_names(config).items() if stage in measured.errors}
     lines = [
@@ -112,11 +127,11 @@ def text(config: FinetuneConfig, measured: Measured, checkpoint: Path, plots: Se
     lines += ["", "Drift of the predictions on these structures (RMS)"]
     for name, moved in measured.drift.items():
         energy, force = moved["energy_rms_mev_per_atom"], moved["force_rms_mev_per_angstrom"]
-        lines.append(f"  {name:<24}{_number(energy):>8} meV/atom{_number(force):>10} meV/angstrom")
+        lines.append(f"  {name:<24}{number(energy):>8} meV/atom{number(force):>10} meV/angstrom")
     lines += uncertainty_lines(uncertainty(measured))
     lines += ["", *(f"note: {note}" for note in measured.notes)]
     lines += [f"suspicious, trained on as it is: {finding.message}" for finding in measured.findings]
-    lines += [f"checkpoint: {checkpoint}", *(f"plot: {path}" for path in plots)]
+    lines += [f"checkpoint: {checkpoint}", f"report with plots: {html}"]
     return "\n".join(lines)
 
 
@@ -145,33 +160,46 @@ def stage_names(config: FinetuneConfig) -> dict[str, str]:
 
 
 def errors_table(rows: Mapping[str, Errors]) -> list[str]:
-    """Return the lines of a table of errors: total energies and forces, and relative energies where there are any."""
+    """Return the lines of a table of errors: of total energies, forces and relative energies where there are any."""
     columns = {
         ENERGY: ("energy MAE", "meV/atom"),
         FORCE: ("force MAE", "meV/angstrom"),
         RELATIVE: ("relative MAE", "kcal/mol"),
     }
-    shown = [key for key in columns if key in (ENERGY, FORCE) or any(key in errors for errors in rows.values())]
+    shown = [key for key in columns if any(errors.get(key) is not None for errors in rows.values())]
     return [
         "  " + " " * 30 + "".join(f"{columns[key][0]:>16}" for key in shown),
         "  " + " " * 30 + "".join(f"{columns[key][1]:>16}" for key in shown),
         *(
-            f"  {name:<30}" + "".join(f"{_number(errors.get(key)):>16}" for key in shown)
+            f"  {name:<30}" + "".join(f"{number(errors.get(key)):>16}" for key in shown)
             for name, errors in rows.items()
         ),
     ]
 
 
-def write(content: Mapping[str, Any], report_text: str, folder: Path) -> None:
-    """Write report.json and report.txt."""
-    (folder / "report.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    (folder / "report.txt").write_text(report_text + "\n")
+def write(
+    config: FinetuneConfig, measured: Measured, content: Mapping[str, Any], checkpoint: Path, folder: Path
+) -> list[Path]:
+    """Write report.json, report.txt, report.html and the plots; return their paths in this order.
+
+    content: of report.json, as from `metrics`; the paths of checkpoint and plots are added.
+    """
+    scores = {"rows it was calibrated on": measured.calibration, "test rows": measured.test_scores}
+    known = {name: some for name, some in scores.items() if some is not None}
+    drawn = plots.figures(config.fidelity, measured.predictions, measured.histories, known, measured.steps)
+    images = plots.save(drawn, folder)
+    content = {**content, "checkpoint": str(checkpoint), "plots": [str(path) for path in images]}
+    drawings = {name: plots.svg(figure, name) for name, figure in drawn.items()}
+    files = {
+        "report.json": json.dumps(content, indent=2, allow_nan=False) + "\n",
+        "report.txt": text(config, measured, checkpoint, folder / "report.html") + "\n",
+        "report.html": page(content, stage_names(config), drawings),
+    }
+    for name, written in files.items():
+        (folder / name).write_text(written, encoding="utf-8")
+    return [*(folder / name for name in files), *images]
 
 
 def _change(row: Mapping[str, Any], key: str) -> str:
     unit = "meV/atom" if key == ENERGY else "meV/angstrom"
-    return f"{_number(row['before'][key]):>9} ->{_number(row['after'][key]):>8} {unit}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{number(row['before'][key]):>9} ->{number(row['after'][key]):>8} {unit}"

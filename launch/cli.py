@@ -20,7 +20,7 @@ VERBS = {
     "relax": ("rung.model.engines.relax", "relax a structure"),
     "md": ("rung.model.engines.md", "molecular dynamics of a structure"),
     "ipi": ("rung.model.engines.ipi", "serve forces to an i-PI server"),
-    "lammps": ("rung.model.engines.lammps", "run a LAMMPS script with a checkpoint's forces"),
+    "lammps": ("rung.model.engines.lammps_script", "run a LAMMPS script with a checkpoint's forces"),
     "export": ("rung.model.export", "write a checkpoint for another program: lammps"),
     "plan": ("rung.launch.plan", "predict memory, step time, communication and cost on a cluster"),
     "quickstart": ("rung.launch.quickstart", "pretrain, fine-tune and compare on the built-in data"),

@@ -8,9 +8,10 @@ trajectory.py     frames on disk
 progress.py       a bar or lines; Ctrl-C finishes the step
 relax.py          `rung relax`: ASE's optimizers
 md.py             `rung md`: ASE's integrators
-lammps.py         LAMMPS by `fix external`, on any number of MPI ranks; `rung lammps`
+lammps.py         LAMMPS by `fix external`, on any number of MPI ranks
 lammps_domain.py  what one rank computes: its own atoms in their surroundings
-lammps_script.py  an input script before and after the fix
+lammps_types.py   which elements the atom types are
+lammps_script.py  `rung lammps`: an input script before and after the fix
 torchsim.py       model wrapper for torch-sim's batched integrators
 ipi.py            `rung ipi`: client of an i-PI server
 """
