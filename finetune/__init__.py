@@ -18,7 +18,8 @@ recipe.py       one fit or a cross-validation of it; the scratch baseline is a r
 auto.py         strategy `auto`
 calibration.py  predicted standard deviations beside errors
 measure.py      errors of rows, forgetting, and the drift of the predictions
-report.py       the measured tables, as text and JSON; html.py: one page; plots.py: its figures
+breakdown.py    every judged row before and after; errors by element and by size
+report.py       JSON and text; writes everything; page.py: the page's sections; html.py: its pieces; plots.py: figures
 save.py         the checkpoint, with the digests of what it was made from
 pipeline.py     `finetune(config)`: all of the above in order
 cli.py          `rung finetune`

@@ -87,7 +87,7 @@ class Predictions:
 def predict_rows(outcome: Outcome, fidelity: str) -> Predictions:
     """Predict the judged rows of a run with the potentials of every stage; forces only where they are labelled."""
     parts = outcome.judged
-    stages = potentials(outcome)
+    stages = outcome.stages()
     energy: dict[str, Floats] = {}
     errors = {}
     structures = [s for part in parts for s in structures_of(part.rows)]
@@ -99,16 +99,6 @@ def predict_rows(outcome: Outcome, fidelity: str) -> Predictions:
     forces = [np.ravel(one).astype(np.float64) for one in labelled if one is not None]
     rows = [row for part in parts for row in part.rows]
     return Predictions(rows, energy, row_std(outcome), structures, errors, np.concatenate([np.zeros(0), *forces]))
-
-
-def potentials(outcome: Outcome) -> dict[str, list[Potential]]:
-    """Return the potentials of every stage, one for each part of the judged rows, in the order of the stages."""
-    fits = [part.fit for part in outcome.judged]
-    stages = {"before": [fit.start for fit in fits]}
-    regressed = [fit.regressed for fit in fits if fit.regressed is not None]
-    if regressed and outcome.fit.trained.history:  # without gradient steps the ridge regression is the end
-        stages["ridge"] = regressed
-    return stages | {"after": [fit.potential for fit in fits]}
 
 
 def row_std(outcome: Outcome) -> Floats | None:

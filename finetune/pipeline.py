@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,14 +16,13 @@ import torch
 
 from rung.data.fidelity import unknown_fidelity
 from rung.data.reaction import structures_of
-from rung.finetune import auto, checks, dataset, elements, measure, plots, reference, report
+from rung.finetune import auto, breakdown, checks, dataset, elements, measure, reference, report
 from rung.finetune.config import FinetuneConfig
 from rung.finetune.recipe import Judged, Outcome, Recipe, ScratchRecipe, carry_out
 from rung.finetune.replay import ReplayTask, load_also, load_replay
 from rung.finetune.save import save
 from rung.kernels.memory import keep_freed_memory
 from rung.model.checkpoint import Checkpoint, load_checkpoint
-from rung.model.config import to_mapping
 from rung.model.potential import Potential
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         calibration=tuned.scores,
         test_scores=tuned.test_scores,
         uncertainty=tuned.uncertainty,
+        predictions=breakdown.predict_rows(tuned, config.fidelity),
         steps=tuned.fit.trained.step,
         seconds=time.monotonic() - began,
     )
@@ -179,13 +180,8 @@ def write(
     """Write report, plots and checkpoint into `config.out`."""
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = report.metrics(config, measured) | {"settings": to_mapping(config)}
-    paths = plots.learning_curve(measured.histories, folder / "learning_curve.png")
-    pairs = plots.parity_pairs(tuned.judged, config.fidelity)
-    paths += plots.parity(pairs, config.fidelity, folder)
-    if tuned.scores is not None:
-        paths.append(plots.calibration(tuned.scores, folder / "calibration.png"))
+    metrics = report.metrics(config, measured)
     checkpoint = save(folder / "checkpoint", config, source, target, tuned, metrics)
-    metrics |= {"checkpoint": str(checkpoint), "plots": [str(path) for path in paths]}
-    report.write(metrics, report.text(config, measured, checkpoint, paths), folder)
-    return FinetuneResult(folder, checkpoint, paths, metrics)
+    files = report.write(config, measured, metrics, checkpoint, folder)
+    plots = [path for path in files if path.suffix == ".png"]
+    return FinetuneResult(folder, checkpoint, plots, json.loads((folder / "report.json").read_text()))

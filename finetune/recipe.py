@@ -180,19 +180,22 @@ class Outcome:
         """The final potential."""
         return self.fit.potential
 
-    def errors(self, fidelity: str) -> dict[str, dict[str, float | None]]:
-        """Return the errors before, after the ridge regression (where there was one) and after training."""
-        stages = {"before": [j.fit.start for j in self.judged]}
-        regressed = [j.fit.regressed for j in self.judged if j.fit.regressed is not None]
+    def stages(self) -> dict[str, list[Potential]]:
+        """Return the potentials of every stage, one for each part of the judged rows: before, (ridge,) after."""
+        fits = [part.fit for part in self.judged]
+        stages = {"before": [fit.start for fit in fits]}
+        regressed = [fit.regressed for fit in fits if fit.regressed is not None]
         if regressed and self.fit.trained.history:  # without gradient steps the ridge regression is the end
             stages["ridge"] = regressed
-        stages["after"] = [j.fit.potential for j in self.judged]
-        return {
-            stage: sum(
-                (row_errors(p, j.rows, fidelity) for p, j in zip(some, self.judged, strict=True)), RowErrors()
-            ).metrics()
-            for stage, some in stages.items()
-        }
+        return stages | {"after": [fit.potential for fit in fits]}
+
+    def errors(self, fidelity: str) -> dict[str, dict[str, float | None]]:
+        """Return the errors of every stage on the judged rows."""
+        errors = {}
+        for stage, potentials in self.stages().items():
+            pairs = zip(potentials, self.judged, strict=True)
+            errors[stage] = sum((row_errors(p, part.rows, fidelity) for p, part in pairs), RowErrors()).metrics()
+        return errors
 
 
 def cross_validate(recipe: Recipe, start: Potential, rows: list[Reaction], folds: list[list[int]]) -> list[Judged]:

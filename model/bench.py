@@ -104,7 +104,7 @@ def compiled_network(model: Potential, batch: Batch) -> Network:
     vars(potential).update(ElementGroups=_Fixed(groups))
 
     def network(radial_ER: Tensor, harmonics_EL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _, energy_M = model._energies(batch, radial_ER, harmonics_EL)
+        _, energy_M = model._energies(batch, radial_ER, harmonics_EL, owned_N=None)
         g_radial, g_harmonics = torch.autograd.grad(energy_M.sum(), (radial_ER, harmonics_EL), create_graph=True)
         return energy_M, g_radial, g_harmonics
 
