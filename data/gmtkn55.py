@@ -2,13 +2,14 @@
 
     S66/.res            lines of species and coefficients, written for the shell: `.resRC` is a second set
     S66/01A/struc.xyz   geometry (or `mol.xyz`, or Turbomole's `coord`), angstrom
-    S66/01A/.CHRG       charge; without it that of `$eht charge=-1 unpaired=0` in `coord`; else 0
-    S66/01A/.UHF        number of unpaired electrons; else that of `coord`; else the smallest possible
+    S66/01A/.CHRG       charge; without it that of `$eht charge=-1 unpaired=0` in `coord`, else the geometry's, else 0
+    S66/01A/.UHF        number of unpaired electrons; without it as for the charge, else the smallest possible
 
 A line of `.res` is `$tmer 01{A,B,}/$f x 1 1 -1 $w 4.92`: species (braces as in the shell), a lone x, one coefficient
 each, and the reference energy in kcal/mol; what follows it is not read. Everything that starts with `$tmer` or `tmer2`
 must have that form, or is an error; other lines are the shell's, but for `d0=$( $tmer ... )`: a reaction to which those
-with `$w $d0 -15.3` are relative (RSE43).
+with `$w $d0 -15.3` are relative (RSE43). Electrons (ionisation potentials, G21IP) or protons (proton affinities, PA26),
+whose energies are 0, may be left out of a line, but not both: H atoms are not.
 
 Source: https://github.com/grimme-lab/GMTKN55; L. Goerigk et al., Phys. Chem. Chem. Phys. 19, 32184 (2017).
 """
@@ -16,13 +17,12 @@ Source: https://github.com/grimme-lab/GMTKN55; L. Goerigk et al., Phys. Chem. Ch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
 from rung.data.reaction import Reaction
+from rung.data.reaction_geometry import Geometries
 from rung.data.reaction_row import Row, hint, reactions_of
 from rung.data.structure import Structure
 
@@ -31,7 +31,6 @@ GEOMETRIES = ("struc.xyz", "mol.xyz", "coord")
 _PROGRAM = re.compile(r"\$tmer\b|\"?\$\{?TMER\b|tmer2|tmer\s")
 _ASSIGNMENT = re.compile(r"(\w+)=\$\(\s*\$tmer\s")
 _BRACES = re.compile(r"([^{}]*)\{([^{}]*)\}([^{}]*)")
-_MAX_UNPAIRED = 254
 Terms = tuple[tuple[str, str], ...]  # species, coefficient
 
 
@@ -40,21 +39,23 @@ def is_gmtkn55(path: Path) -> bool:
     return path.name in RES_FILES if not path.is_dir() else (path / RES_FILES[0]).is_file()
 
 
-def read_gmtkn55(path: Path, read_geometry: Callable[[Path], Structure]) -> list[Reaction]:
-    """Return the reactions of a subset's folder (its `.res`), or of the `.res` or `.resRC` file given.
+def read_gmtkn55(path: Path) -> tuple[list[Reaction], set[Path]]:
+    """Return the reactions of a subset's folder (its `.res`), or of the `.res` or `.resRC` file given, and all files.
 
-    `read_geometry` reads a file with one structure. Reactions are named FOLDER-007 by their number in the file.
+    Reactions are named FOLDER-007 by their number in the file. The files are those that were read.
     Raises FileNotFoundError, and ValueError naming file and line.
     """
     file = path / RES_FILES[0] if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected reactions in GMTKN55's layout")
 
+    files = {file}
+
     @cache
     def structure_of(species: str) -> Structure:
-        return _species(file.parent, species, read_geometry)
+        return _species(file.parent, species, files)
 
-    return reactions_of(str(file), _rows(file), structure_of)
+    return reactions_of(str(file), _rows(file), structure_of), files
 
 
 def _rows(file: Path) -> Iterator[Row]:
@@ -76,7 +77,6 @@ def _rows(file: Path) -> Iterator[Row]:
             origin = tuple((species, f"{-int(text)}") for species, text in origins[values[0]])
             terms, values = terms + origin, values[1:]
         energy = values[0] if values else ""
-        # Ionisation potentials (G21IP) and proton affinities (PA26) are among these sets.
         yield Row(where, f"{name}-{number:03d}", energy, "kcal/mol", terms, allow_bare=True)
 
 
@@ -108,7 +108,8 @@ def _expand(word: str, where: str) -> list[str]:
     return [start + choice + end for choice in choices.split(",")]
 
 
-def _species(folder: Path, species: str, read_geometry: Callable[[Path], Structure]) -> Structure:
+def _species(folder: Path, species: str, files: set[Path]) -> Structure:
+    """Return the structure of a species; the files that it is read from are added to `files`."""
     home = folder / species
     if not home.is_dir():
         known = [path.name for path in folder.iterdir() if path.is_dir()]
@@ -116,17 +117,16 @@ def _species(folder: Path, species: str, read_geometry: Callable[[Path], Structu
     file = next((home / name for name in GEOMETRIES if (home / name).is_file()), None)
     if file is None:
         raise ValueError(f"species '{species}': expected {' or '.join(GEOMETRIES)} in {home}, found neither")
-    structure = read_geometry(file)
-    charge = _stated(home, ".CHRG", "charge", 0)
-    electrons = int(np.sum(structure.numbers, dtype=np.int64)) - charge
-    unpaired = _stated(home, ".UHF", "unpaired", electrons % 2)
-    if not 0 <= unpaired <= min(electrons, _MAX_UNPAIRED) or unpaired % 2 != electrons % 2:
-        raise ValueError(f"species '{species}': expected {electrons} electrons, found {unpaired} of them unpaired")
-    fields = {**vars(structure), "key": species, "charge": charge, "multiplicity": unpaired + 1}
-    return Structure(**fields)
+    stated = {"file": f"{species}/{file.name}"}
+    if (charge := _stated(home, ".CHRG", "charge")) is not None:
+        stated["charge"] = str(charge)
+    if (unpaired := _stated(home, ".UHF", "unpaired")) is not None:
+        stated["multiplicity"] = str(unpaired + 1)
+    files.update(path for path in (file, home / ".CHRG", home / ".UHF", home / "coord") if path.is_file())
+    return Geometries(folder / RES_FILES[0], {species: stated}).structure(species)
 
 
-def _stated(home: Path, name: str, word: str, default: int) -> int:
+def _stated(home: Path, name: str, word: str) -> int | None:
     """Return the number in a species' file `name`, or after `word` in its `coord`; the two must not differ."""
     found: dict[str, str] = {}
     if (home / name).is_file():
@@ -143,4 +143,4 @@ def _stated(home: Path, name: str, word: str, default: int) -> int:
             raise ValueError(f"{home / file}: expected a whole number, found {text!r}") from None
     if len(set(values.values())) > 1:
         raise ValueError(f"{home}: {word} is {values[name]} in {name} and {values['coord']} in coord; correct one")
-    return next(iter(values.values()), default)
+    return next(iter(values.values()), None)

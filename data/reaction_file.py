@@ -23,8 +23,9 @@ CSV, with a header, lists separated by `;`, and references to geometries as abov
 
 A frame without a name is called FILE-000012 after its file's stem and its number. Coefficients may be fractions (1/2).
 A species that a row names twice counts with the sum of its coefficients. Charge and multiplicity (2S + 1) come from
-the table, else from the frame as in `rung.data.sources.ase_file`. A row that gives no group has that of its largest
-structure, whose default is its formula. Energies that frames may carry are not read.
+the table, else from the frame as in `rung.data.sources.ase_file`; where neither states a multiplicity, it is the
+smallest that the number of electrons allows, 1 or 2. A row that gives no group has that of its largest structure, whose
+default is its formula. Energies that frames may carry are not read.
 
 A folder with a `.res` file is a set in GMTKN55's layout: see `rung.data.gmtkn55`.
 """
@@ -46,7 +47,7 @@ from rung.data.fidelity import check_name
 from rung.data.gmtkn55 import is_gmtkn55, read_gmtkn55
 from rung.data.manifest import MANIFEST_FILE
 from rung.data.reaction import Reaction, structures_of
-from rung.data.reaction_geometry import Geometries
+from rung.data.reaction_geometry import Geometries, possible_multiplicity
 from rung.data.reaction_row import Row, hint, imbalance, reactions_of, unit_factor
 from rung.data.shard import write_beside
 from rung.data.structure import Structure
@@ -73,13 +74,27 @@ def read_reactions(path: str | Path, fidelity: str) -> list[Reaction]:
     Every geometry is read once: reactions share the objects of the structures that they have in common, which carry no
     labels. Raises FileNotFoundError for a missing table, and ValueError naming file and line for a table without
     reactions, a row's name that is there twice, a unit that is unknown or not given, an energy that is not finite, an
-    unknown species (with the nearest name), as many coefficients as there are not species, a coefficient that is 0,
-    and for atoms or charge that are not balanced where that is not allowed.
+    unknown species (with the nearest name), a multiplicity that a species' electrons cannot have, as many coefficients
+    as there are not species, a coefficient that is 0, and for atoms or charge that are not balanced where that is not
+    allowed.
     """
     check_name(fidelity)
-    path = Path(path)
+    return _read(Path(path))[0]
+
+
+def reaction_sources(path: str | Path) -> list[Path]:
+    """Return every file that a set of relative energies is read from, sorted: the table and the geometries in use.
+
+    Of a set in GMTKN55's layout, the geometry, `.CHRG` and `.UHF` of each species in use. The set is read to find
+    them: raises what `read_reactions` raises.
+    """
+    return sorted(_read(Path(path))[1])
+
+
+def _read(path: Path) -> tuple[list[Reaction], set[Path]]:
+    """Return the reactions and the files that they were read from."""
     if is_gmtkn55(path):
-        return read_gmtkn55(path, lambda file: Geometries(file).structure(file.name))
+        return read_gmtkn55(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a table of reactions, .yaml or .csv")
     try:
@@ -94,14 +109,15 @@ def read_reactions(path: str | Path, fidelity: str) -> list[Reaction]:
         rows = _csv_rows(path, text)
     else:
         raise ValueError(f"{path}: expected a table of reactions, .yaml or .csv")
-    return reactions_of(str(path), rows, geometries.structure)
+    reactions = reactions_of(str(path), rows, geometries.structure)
+    return reactions, {path, *geometries.files}
 
 
 def write_reactions(path: str | Path, reactions: Sequence[Reaction], unit: str = "eV") -> None:
     """Write reactions as PATH (.yaml) and their structures as an extxyz file beside it; `read_reactions` reads both.
 
     Labels of the structures are not written. Raises ValueError for an unknown unit, another suffix, and for two
-    different structures, or two reactions, of one key.
+    different structures, or two reactions, of one key, and for a multiplicity that a structure's electrons cannot have.
     """
     path = Path(path)
     factor = unit_factor(unit)
@@ -111,6 +127,8 @@ def write_reactions(path: str | Path, reactions: Sequence[Reaction], unit: str =
     for what, keys in (("structures", [s.key for s in structures]), ("reactions", [r.key for r in reactions])):
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"{path}: expected {what} of different keys, found '{twice[0]}' twice")
+    for one in structures:
+        possible_multiplicity(one.key, one.numbers, one.charge, one.multiplicity)
     frames = path.with_suffix(".extxyz")
     entries = {structure.key: _entry(structure, f"{frames.name}@{i}") for i, structure in enumerate(structures)}
     table = {"unit": unit, "structures": entries, "reactions": [_row(reaction, factor) for reaction in reactions]}

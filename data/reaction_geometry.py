@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.io import iread
+from numpy.typing import NDArray
 
 from rung.data.reaction_row import hint
 from rung.data.sources.ase_file import charge_and_multiplicity
@@ -18,6 +20,7 @@ from rung.data.structure import Structure, validate
 
 Frames = list[tuple[str, Atoms]]  # name, atoms
 _FRAME = re.compile(r"(.+?)(#.+|@[0-9]+)")
+_MAX_UNPAIRED = 254  # a multiplicity is a uint8 on disk
 
 
 @dataclass
@@ -30,8 +33,16 @@ class Geometries:
     _files: dict[Path, Frames] = field(default_factory=dict)
     _structures: dict[tuple[Any, ...], Structure] = field(default_factory=dict)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that have been read so far."""
+        return list(self._files)
+
     def structure(self, species: str) -> Structure:
-        """Return the structure of a species, the same object for the same one; raise ValueError for an unknown one."""
+        """Return the structure of a species, the same object for the same one.
+
+        Raises ValueError naming the species where it is unknown, or its multiplicity impossible.
+        """
         if self.names is not None:
             known = list(self.names)
             if species not in self.names:
@@ -106,19 +117,43 @@ def _name(atoms: Atoms, default: str) -> str:
 
 
 def _structure(atoms: Atoms, file: Path, key: str, stated: Mapping[str, str]) -> Structure:
-    charge, multiplicity = charge_and_multiplicity(atoms.info)
     try:
+        charge, multiplicity = charge_and_multiplicity(atoms.info)
+        charge = _whole(stated["charge"], "charge") if "charge" in stated else charge
+        given = multiplicity if {"multiplicity", "spin"} & atoms.info.keys() else None
+        given = _whole(stated["multiplicity"], "multiplicity") if "multiplicity" in stated else given
+        shape = geometry(atoms)
         structure = Structure(
             key=key,
             group=stated.get("group") or str(atoms.info.get("group", atoms.get_chemical_formula())),
-            charge=_whole(stated["charge"], "charge") if "charge" in stated else charge,
-            multiplicity=_whole(stated["multiplicity"], "multiplicity") if "multiplicity" in stated else multiplicity,
-            **geometry(atoms),
+            charge=charge,
+            multiplicity=possible_multiplicity(key, shape["numbers"], charge, given),
+            **shape,
         )
         validate(structure)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return structure
+
+
+def possible_multiplicity(species: str, numbers: NDArray[np.uint8], charge: int, stated: int | None) -> int:
+    """Return the stated multiplicity (2S + 1), or the smallest possible one, 1 or 2, where none is stated.
+
+    Raises ValueError naming the species where its electrons cannot have the stated one: the number of unpaired
+    electrons, 2S, is at most that of the electrons, and is odd where that is odd.
+    """
+    electrons = int(np.sum(numbers, dtype=np.int64)) - charge
+    if electrons < 0:
+        raise ValueError(f"species '{species}': expected a charge of at most {electrons + charge}, found {charge}")
+    unpaired = electrons % 2 if stated is None else stated - 1
+    if not 0 <= unpaired <= min(electrons, _MAX_UNPAIRED) or unpaired % 2 != electrons % 2:
+        parity = "even" if electrons % 2 else "odd"
+        raise ValueError(
+            f"species '{species}': expected an {parity} multiplicity (2S + 1) for its {electrons} electrons (charge "
+            f"{charge}), at most {min(electrons, _MAX_UNPAIRED) + 1}, found {unpaired + 1}; correct the charge or the "
+            "multiplicity"
+        )
+    return unpaired + 1
 
 
 def _whole(text: str, name: str) -> int:

@@ -26,7 +26,7 @@ class Row:
     terms: tuple[tuple[str, str], ...]  # species, coefficient
     group: str = ""
     allow_unbalanced: bool = False
-    allow_bare: bool = False  # electrons and protons, whose energies are 0, may be left out
+    allow_bare: bool = False  # electrons, or protons, whose energies are 0, may be left out
 
 
 def reactions_of(source: str, rows: Iterable[Row], structure_of: Callable[[str], Structure]) -> list[Reaction]:
@@ -66,8 +66,8 @@ def _reaction(row: Row, structure_of: Callable[[str], Structure]) -> Reaction:
     largest = max(structures, key=lambda structure: structure.num_atoms)
     group = row.group or largest.group
     reaction = Reaction(row.name, group, structures, tuple(map(float, coefficients)), energy)
-    only_bare = row.allow_bare and set(reaction.composition()) <= {1}
-    if not (row.allow_unbalanced or only_bare) and (change := imbalance(reaction)):
+    allowed = row.allow_unbalanced or (row.allow_bare and _only_bare(reaction))
+    if not allowed and (change := imbalance(reaction)):
         raise ValueError(
             f"expected the same atoms and charge on both sides, found {', '.join(change)} from left to right; correct "
             "the species, their charges or the coefficients, or set allow_unbalanced: true"
@@ -78,9 +78,23 @@ def _reaction(row: Row, structure_of: Callable[[str], Structure]) -> Reaction:
 def imbalance(reaction: Reaction) -> list[str]:
     """Return what appears from left to right, such as "C +1"; nothing when atoms and charge are balanced."""
     change = [f"{chemical_symbols[number]} {count:+g}" for number, count in reaction.composition().items()]
-    pairs = zip(reaction.structures, reaction.coefficients, strict=True)
-    charge = sum(coefficient * structure.charge for structure, coefficient in pairs)
+    charge = _charge(reaction)
     return [*change, f"charge {charge:+g}"] if abs(charge) > 1e-9 else change
+
+
+def _charge(reaction: Reaction) -> float:
+    """Return what charge appears from left to right."""
+    pairs = zip(reaction.structures, reaction.coefficients, strict=True)
+    return sum(coefficient * structure.charge for structure, coefficient in pairs)
+
+
+def _only_bare(reaction: Reaction) -> bool:
+    """Tell whether nothing is missing but electrons, or nothing but protons.
+
+    Both together would be H atoms, whose energy is not 0: as much charge must appear as hydrogen, if any does.
+    """
+    change = reaction.composition()
+    return not change or (set(change) == {1} and abs(_charge(reaction) - change[1]) < 1e-9)
 
 
 def unit_factor(unit: str) -> float:

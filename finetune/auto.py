@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rung.finetune import dataset
-from rung.finetune.config import FROZEN_TRUNK, FinetuneConfig, Strategy
+from rung.finetune.config import CLOSED_FORM, FROZEN_TRUNK, FinetuneConfig, Strategy
 from rung.finetune.measure import row_errors
 from rung.finetune.recipe import Judged, Recipe, cross_validate
 
 logger = logging.getLogger(__name__)
 FOLDS_OF_LARGE_SETS = 3  # where the final fit needs no folds, these are enough to compare strategies
-CANDIDATES: tuple[Strategy, ...] = ("ridge", "embedding", "adapter", "full")  # simplest first
+CANDIDATES: tuple[Strategy, ...] = ("parent", "ridge", "embedding", "adapter", "full")  # simplest first
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ def choose(
     """Cross-validate every strategy on the same folds; take the simplest within one standard error of the best.
 
     The standard error is that of the best one's folds (L. Breiman et al., Classification and Regression Trees, 1984,
-    section 3.4.3). With replay, strategies that leave the shared weights alone are no candidates; with forces, `ridge`
-    is none.
+    section 3.4.3). With replay, strategies that leave the shared weights alone are no candidates; with forces, those
+    that learn from energies only are none.
     """
-    num_folds = dataset.num_folds(config.split, len(target.train)) or FOLDS_OF_LARGE_SETS
+    num_folds = target.num_folds or FOLDS_OF_LARGE_SETS
     parts = dataset.partition(target.train, num_folds, config.seed, notes, "choice of the strategy")
     trials = []
     for name in CANDIDATES:
-        if config.replay and name in FROZEN_TRUNK or config.use_forces and name == "ridge":
+        if config.replay and name in FROZEN_TRUNK or config.use_forces and name in CLOSED_FORM:
             continue
         recipe = make(dataclasses.replace(config, strategy=name))
-        folds = cross_validate(recipe, recipe.start(target.train), target.train, parts)
+        folds = cross_validate(recipe, target.train, parts)
         errors = [np.abs(row_errors(f.fit.potential, f.rows, config.fidelity).per_atom) * 1000 for f in folds]
         spread = float(np.std([error.mean() for error in errors], ddof=1)) / len(errors) ** 0.5
         trials.append(Trial(name, float(np.concatenate(errors).mean()), spread, folds))

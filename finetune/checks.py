@@ -62,14 +62,22 @@ def equal_reactions(rows: Sequence[Reaction], tolerance: float) -> list[tuple[Re
 
 
 def leaks(train_rows: Sequence[Reaction], test_rows: Sequence[Reaction], config: ChecksConfig) -> list[Finding]:
-    """Name the test structures whose total energies are also trained on."""
+    """Name the test rows whose energies are also trained on: of the same geometry, of the same reaction."""
     train, test = ([row.structures[0] for row in rows if row.is_absolute] for rows in (train_rows, test_rows))
     pairs = equal_geometries([*train, *test], config.duplicate_tolerance)
-    crossing = [(i, j) for i, j in pairs if i < len(train) <= j]
-    return [
-        Finding("leak", f"test structure '{test[j - len(train)].key}' is training structure '{train[i].key}'")
-        for i, j in crossing
+    messages = [
+        f"test structure '{test[j - len(train)].key}' is training structure '{train[i].key}'"
+        for i, j in pairs
+        if i < len(train) <= j
     ]
+    tested = {id(row) for row in test_rows}
+    relative = [row for row in [*train_rows, *test_rows] if not row.is_absolute]
+    messages += [
+        f"test reaction '{b.key}' is training reaction '{a.key}'"
+        for a, b in equal_reactions(relative, config.duplicate_tolerance)
+        if id(a) not in tested and id(b) in tested
+    ]
+    return [Finding("leak", message) for message in messages]
 
 
 def equal_geometries(structures: Sequence[Structure], tolerance: float) -> list[tuple[int, int]]:

@@ -27,8 +27,10 @@ from typing import Literal
 
 from rung.data.fidelity import check_name
 
-Strategy = Literal["auto", "ridge", "embedding", "adapter", "full"]
-FROZEN_TRUNK = ("ridge", "embedding")  # strategies that leave what fidelities share as it is
+Strategy = Literal["auto", "parent", "ridge", "embedding", "adapter", "full"]
+FROZEN_TRUNK = ("parent", "ridge", "embedding")  # strategies that leave what fidelities share as it is
+CLOSED_FORM = ("parent", "ridge")  # strategies without gradient steps
+LBFGS_LEAVES = ("learning_rate", "layer_decay", "warmup_steps", "batch_size", "ema", "clip")
 AUTO_FOLDS_BELOW = 200  # structures; a smaller set is too small to give some of them away for validation
 AUTO_FOLDS = 5
 NOT_NEGATIVE = (
@@ -48,10 +50,11 @@ NOT_NEGATIVE = (
 class SplitConfig:
     """How the target structures are divided; groups (molecules) are never divided."""
 
-    folds: int = -1  # k of cross-validation; 0: one held-out validation set; -1: 5 below 200 structures, else 0
+    # k of cross-validation; 0: one held-out validation set; -1: 5 below 200 rows and for an ensemble, else 0
+    folds: int = -1
     validation_fraction: float = 0.15
     test_fraction: float = 0.15  # used only when the data bring no test set of their own and there are no folds
-    max_train: int = 0  # labels used, training and validation together, drawn at random by `seed`; 0: all
+    max_train: int = 0  # labels of `data` used, training and validation together, drawn at random by `seed`; 0: all
     max_test: int = 500  # test structures evaluated, drawn at random by `seed`; 0: all
 
 
@@ -70,7 +73,7 @@ class ChecksConfig:
 class TrainingConfig:
     """The loop. `learning_rate` 0 takes the strategy's own (adapt.LEARNING_RATES)."""
 
-    optimizer: Literal["soap", "adamw", "lbfgs"] = "soap"  # lbfgs: all labels at every step, a line search, no rate
+    optimizer: Literal["soap", "adamw", "lbfgs"] = "soap"  # lbfgs: all labels at every step and a line search
     steps: int = 400
     batch_size: int = 32  # target structures per step
     learning_rate: float = 0.0
@@ -149,8 +152,11 @@ class FinetuneConfig:
             for task in getattr(self, name):
                 if task.count(":") < 1 or not all(task.rpartition(":")[::2]):
                     raise _bad(name, "DATASET:FIDELITY", task)
-        if self.use_forces and self.strategy == "ridge":
-            raise _bad("use_forces", "strategy embedding, adapter or full: `ridge` learns from energies", self.strategy)
+        if self.use_forces and self.strategy in CLOSED_FORM:
+            what = f"strategy embedding, adapter or full: `{self.strategy}` learns from energies"
+            raise _bad("use_forces", what, self.strategy)
+        if training.optimizer == "lbfgs":
+            self._check_lbfgs()
         if self.replay and self.strategy in FROZEN_TRUNK:
             what = f"strategy full or adapter: `{self.strategy}` trains nothing that other fidelities share"
             raise _bad("replay", what, self.strategy)
@@ -162,6 +168,15 @@ class FinetuneConfig:
             raise _bad("training.layer_decay", "0 < layer_decay <= 1", training.layer_decay)
         if self.uncertainty == "ensemble" and split.folds == 0:
             raise _bad("uncertainty", "split.folds of at least 2, whose potentials are the ensemble", "split.folds=0")
+
+    def _check_lbfgs(self) -> None:
+        """Refuse what L-BFGS, with its line search over all labels, has no use for."""
+        default = TrainingConfig()
+        given = [name for name in LBFGS_LEAVES if getattr(self.training, name) != getattr(default, name)]
+        if given:
+            raise _bad(f"training.{given[0]}", "nothing with optimizer=lbfgs", getattr(self.training, given[0]))
+        if self.replay or self.also:
+            raise _bad("training.optimizer", "soap or adamw with replay or also: lbfgs needs one loss", "lbfgs")
 
 
 def _bad(name: str, expected: str, found: object) -> ValueError:

@@ -13,11 +13,12 @@ import numpy as np
 
 from rung.data.manifest import is_dataset, read_manifest, resolve_dataset
 from rung.data.reaction import Reaction, structures_of
-from rung.data.reaction_file import is_reaction_file, read_reactions
+from rung.data.reaction_file import is_reaction_file, reaction_sources, read_reactions
 from rung.data.read import read_any
 from rung.data.shard import file_sha256
 from rung.data.structure import Labels, Structure
-from rung.finetune.config import AUTO_FOLDS, AUTO_FOLDS_BELOW, FinetuneConfig, SplitConfig
+from rung.finetune.checks import equal_geometries
+from rung.finetune.config import AUTO_FOLDS, AUTO_FOLDS_BELOW, FinetuneConfig
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class TargetSet:
     test: list[Reaction]  # never trained on; may be empty where folds measure the error
     sources: dict[str, str]  # path -> SHA-256 of the file or of the dataset's manifest
     notes: list[str]  # sentences for the report
+    num_folds: int  # of cross-validation; 0: one validation set
 
 
 def load_target(config: FinetuneConfig) -> TargetSet:
@@ -52,13 +54,40 @@ def load_target(config: FinetuneConfig) -> TargetSet:
         train, test = read_rows(config.data, config.fidelity, "train"), []
     train = draw(train, config.split.max_train, config.seed)
     train += [row for name in config.relative for row in read_rows(name, config.fidelity, "train")]
+    train, test = with_equal_grouped(train, test, config.checks.duplicate_tolerance, notes)
+    folds = num_folds(config, len(train))
     if test:
         test = draw(test, config.split.max_test, config.seed)
     elif is_dataset(config.data) or config.test:
         raise ValueError(f"{config.test or config.data}: no test structure has a label at '{config.fidelity}'")
-    elif num_folds(config.split, len(train)) == 0:
+    elif folds == 0:
         train, test = hold_out(train, config.split.test_fraction, config.seed, "test", notes)
-    return TargetSet(train, test, sources, notes)
+    return TargetSet(train, test, sources, notes, folds)
+
+
+def with_equal_grouped(
+    train: list[Reaction], test: list[Reaction], tolerance: float, notes: list[str]
+) -> tuple[list[Reaction], list[Reaction]]:
+    """Return the rows where those of one geometry have one group, so that no division puts them on two sides."""
+    rows = [*train, *test]
+    absolute = [i for i, row in enumerate(rows) if row.is_absolute]
+    groups = {row.group: row.group for row in rows}
+
+    def root(group: str) -> str:
+        while groups[group] != group:
+            group = groups[group]
+        return group
+
+    merged = 0
+    for a, b in equal_geometries([rows[i].structures[0] for i in absolute], tolerance):
+        first, second = root(rows[absolute[a]].group), root(rows[absolute[b]].group)
+        if first != second:
+            groups[second] = first
+            merged += 1
+    if merged:
+        notes.append(f"{merged} pairs of groups share a geometry and are treated as one molecule")
+        train = [dataclasses.replace(row, group=root(row.group)) for row in train]
+    return train, test
 
 
 def read_rows(name: str, fidelity: str, split: str) -> list[Reaction]:
@@ -84,12 +113,11 @@ def absolute_rows(structures: Sequence[Structure], fidelity: str) -> list[Reacti
 
 
 def digest(name: str) -> str:
-    """Return the SHA-256 of a file, or of a dataset's manifest, which holds those of its shards."""
+    """Return the SHA-256 of a file, of a dataset's manifest (which holds those of its shards), or of the digests of all
+    files of a set of relative energies."""
     path = resolve_dataset(name) / "dataset.yaml" if is_dataset(name) else Path(name)
-    if path.is_dir():  # a set of relative energies in a folder
-        return hashlib.sha256(
-            "".join(file_sha256(file) for file in sorted(path.glob("**/*")) if file.is_file()).encode()
-        ).hexdigest()
+    if is_reaction_file(path):
+        return hashlib.sha256("".join(map(file_sha256, reaction_sources(path))).encode()).hexdigest()
     return file_sha256(path)
 
 
@@ -125,11 +153,11 @@ def draw(items: list[T], count: int, seed: int) -> list[T]:
     return [items[i] for i in chosen]
 
 
-def num_folds(split: SplitConfig, num_rows: int) -> int:
+def num_folds(config: FinetuneConfig, num_rows: int) -> int:
     """Return the number of folds, 0 for a single held-out validation set."""
-    if split.folds >= 0:
-        return split.folds
-    return AUTO_FOLDS if num_rows < AUTO_FOLDS_BELOW else 0
+    if config.split.folds >= 0:
+        return config.split.folds
+    return AUTO_FOLDS if num_rows < AUTO_FOLDS_BELOW or config.uncertainty == "ensemble" else 0
 
 
 class Grouped(Protocol):
@@ -143,10 +171,45 @@ G = TypeVar("G", bound=Grouped)
 
 
 def hold_out(items: list[G], fraction: float, seed: int, name: str, notes: list[str]) -> tuple[list[G], list[G]]:
-    """Return (kept, held out): whole molecules until about `fraction` of the items is held out."""
-    parts = partition(items, max(2, round(1 / fraction)), seed, notes, name)
-    held = set(parts[0])
-    return [item for i, item in enumerate(items) if i not in held], [items[i] for i in parts[0]]
+    """Return (kept, held out): whole molecules, drawn at random, until about `fraction` of the items is held out.
+
+    A molecule that would make it much more than that is kept; where all are so large, the smallest is held out. One
+    molecule alone is divided item by item, which a note says. Raises ValueError for fewer than two items.
+    """
+    units = units_of(items, 2, name, notes)
+    members: dict[str, list[int]] = {}
+    for index, unit in enumerate(units):
+        members.setdefault(unit, []).append(index)
+    wanted = max(1, round(fraction * len(items)))
+    names = sorted(members)
+    held: list[int] = []
+    for i in np.random.default_rng(seed).permutation(len(names)):
+        if len(held) < wanted and len(held) + len(members[names[i]]) <= 1.5 * wanted + 1:
+            held += members[names[i]]
+    held = held or min(members.values(), key=len)
+    if not 0.5 * wanted <= len(held) <= 2 * wanted:
+        notes.append(f"{name}: {len(held)} of {len(items)} rows are held out, because molecules stay whole")
+    chosen = set(held)
+    return [item for i, item in enumerate(items) if i not in chosen], [items[i] for i in sorted(chosen)]
+
+
+def units_of(items: Sequence[Grouped], parts: int, purpose: str, notes: list[str]) -> list[str]:
+    """Return what may not be divided: each item's group, or the item itself where there are fewer groups than parts.
+
+    Raises ValueError for fewer items than parts.
+    """
+    if len(items) < parts:
+        raise ValueError(
+            f"{purpose}: expected at least {parts} structures to divide, found {len(items)}; give more data"
+        )
+    units = [item.group for item in items]
+    if len(set(units)) >= parts:
+        return units
+    notes.append(
+        f"{purpose}: only {len(set(units))} molecules, so it is divided by structure: "
+        "its errors do not tell about other molecules"
+    )
+    return [str(i) for i in range(len(items))]
 
 
 def partition(items: Sequence[Grouped], parts: int, seed: int, notes: list[str], purpose: str) -> list[list[int]]:

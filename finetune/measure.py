@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rung.data.reaction import Reaction, structures_of
-from rung.data.structure import Structure
+from rung.data.structure import Labels, Structure
 from rung.data.units import KCAL_MOL
 from rung.finetune.dataset import draw
 from rung.finetune.reference import check_domain
@@ -66,27 +67,35 @@ def row_errors(potential: Potential, rows: Sequence[Reaction], fidelity: str) ->
         per_atom.append(error / row.num_atoms)
         if not row.is_absolute:
             relative.append(error)
-    labelled = [row.structures[0] for row in rows if row.is_absolute]
-    absolute = Errors.of(labelled, [by_structure[id(s)] for s in labelled], fidelity).sums()
+    absolute_rows = [row for row in rows if row.is_absolute]
+    labelled = [_with_energy(row, fidelity) for row in absolute_rows]
+    absolute = Errors.of(labelled, [by_structure[id(row.structures[0])] for row in absolute_rows], fidelity).sums()
     return RowErrors(absolute, tuple(relative), tuple(per_atom))
+
+
+def _with_energy(row: Reaction, fidelity: str) -> Structure:
+    """Return the structure of a total energy with that label, which a structure of a table does not carry."""
+    (structure,) = row.structures
+    labels = dataclasses.replace(structure.labels.get(fidelity, Labels()), energy=row.energy)
+    return dataclasses.replace(structure, labels={fidelity: labels})
 
 
 def forgetting(
     before: Potential,
     after: Potential,
-    known: Sequence[str],
+    source: Potential,
     target: Sequence[Structure],
-    replay: Sequence[ReplayTask],
+    others: Sequence[ReplayTask],
 ) -> list[dict[str, Any]]:
     """Return, for every other fidelity with labels at hand, its errors before and after.
 
-    Labels are at hand in the replay tasks' held-out structures, and on the target's geometries where its dataset
-    carries several fidelities.
+    Labels are at hand in the held-out structures of replay and `also` tasks, and on the target's geometries where its
+    dataset carries fidelities of the source; those that the source was not trained on are left out.
     """
-    sets = [(task.fidelity, f"{task.dataset}, held out", task.held_out) for task in replay]
-    for fidelity in known:
-        labelled = [s for s in target if fidelity in s.labels]
-        if len(labelled) >= MIN_LABELS and fidelity not in {task.fidelity for task in replay}:
+    sets = [(task.fidelity, f"{task.dataset}, held out", task.held_out) for task in others]
+    for fidelity in source.config.fidelities:
+        labelled = [s for s in target if fidelity in s.labels and knows(source, [s], fidelity)]
+        if len(labelled) >= MIN_LABELS and fidelity not in {task.fidelity for task in others}:
             sets.append((fidelity, "target geometries", draw(labelled, MAX_STRUCTURES, 0)))
     return [
         {

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rung.data.fidelity import unknown_fidelity
-from rung.data.reaction import structures_of
+from rung.data.reaction import Reaction, structures_of
 from rung.finetune import auto, breakdown, checks, dataset, elements, measure, reference, report
 from rung.finetune.config import FinetuneConfig
 from rung.finetune.recipe import Judged, Outcome, Recipe, ScratchRecipe, carry_out
@@ -23,7 +21,9 @@ from rung.finetune.replay import ReplayTask, load_also, load_replay
 from rung.finetune.save import save
 from rung.kernels.memory import keep_freed_memory
 from rung.model.checkpoint import Checkpoint, load_checkpoint
+from rung.model.checkpoint_files import check_replaceable
 from rung.model.potential import Potential
+from rung.model.predict import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     began = time.monotonic()
     keep_freed_memory()
+    check_out(config)
     source = load_checkpoint(config.checkpoint)
-    source.potential.to(choose_device(config.device))
+    to_device(source.potential, config.device)
     check_names(config, source)
     target = dataset.load_target(config)
     reference.check_covered(target.train, target.test, config.fidelity)
@@ -60,7 +61,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     notes += new_elements
     parents = reference.choose_parent(potential, target.train, [config.parent] if config.parent else known)
     logger.info("%s", report.parents_table(parents))
-    findings = inspect(config, target, parents[0])
+    notes.append(reference.tie_note(parents))
+    reference.check_domain(potential, structures_of(target.test), parents[0].fidelity)
+    findings = inspect(config, config.data, target.train, target.test, parents[0])
+    findings += check_others(config, source.potential, potential, replay, also)
     checks.settle(findings, config.checks)
 
     def make(configured: FinetuneConfig) -> Recipe:
@@ -81,7 +85,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         findings=findings,
         notes=[note for note in [*notes, parents[0].shift.note] if note],
         errors=errors | ({"scratch": scratch.errors(config.fidelity)["after"]} if scratch else {}),
-        forgetting=measure.forgetting(start, final, known, seen, [*replay, *also]),
+        forgetting=measure.forgetting(start, final, source.potential, seen, [*replay, *also]),
         drift=measure.drift(start, final, [*known, config.fidelity], seen),
         histories=histories(tuned, scratch),
         calibration=tuned.scores,
@@ -119,15 +123,15 @@ def with_strategy(
     choice = auto.choose(config, target, make, notes)
     notes.append(choice.reason)
     logger.info("%s", choice.reason)
-    folded = dataset.num_folds(config.split, len(target.train)) > 0
-    return dataclasses.replace(config, strategy=choice.strategy), choice.folds if folded else None
+    return dataclasses.replace(config, strategy=choice.strategy), choice.folds if target.num_folds else None
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device that the configuration means."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+def check_out(config: FinetuneConfig) -> None:
+    """Raise before the work begins where the result could not be written, or would replace what it starts from."""
+    folder = Path(config.out) / "checkpoint"
+    check_replaceable(folder)
+    if Path(config.checkpoint).exists() and folder.exists() and Path(config.checkpoint).samefile(folder):
+        raise ValueError(f"out: {folder} is the checkpoint to start from; choose another folder with --out")
 
 
 def check_names(config: FinetuneConfig, source: Checkpoint) -> None:
@@ -149,22 +153,50 @@ def forces_note(config: FinetuneConfig, target: dataset.TargetSet) -> str:
     if config.use_forces and not with_forces:
         raise ValueError(f"{config.data}: use_forces: expected forces at '{config.fidelity}', found none")
     if config.use_forces:
-        return f"trained on energies and on the forces of {with_forces} of {len(target.train)} structures"
+        return f"trained on energies and on the forces of {with_forces} of {len(labelled)} structures"
     unused = (
         f"; the forces of {with_forces} structures were not used (--use-forces trains on them)" if with_forces else ""
     )
     return f"trained on energies only{unused}"
 
 
-def inspect(config: FinetuneConfig, target: dataset.TargetSet, parent: reference.Parent) -> list[checks.Finding]:
-    """Return everything suspicious about the labels."""
-    labels = reference.label_energies(target.train)
-    counts = reference.composition(target.train, reference.elements_of(target.train))
-    unit = checks.wrong_unit(labels, parent.predicted, counts, config.data)
-    found = checks.duplicates(target.train, config.checks)
-    found += checks.leaks(target.train, target.test, config.checks)
+def inspect(
+    config: FinetuneConfig,
+    name: str,
+    train: Sequence[Reaction],
+    test: Sequence[Reaction],
+    parent: reference.Parent,
+) -> list[checks.Finding]:
+    """Return everything suspicious about the labels of a set."""
+    labels = reference.label_energies(train)
+    counts = reference.composition(train, reference.elements_of(train))
+    unit = checks.wrong_unit(labels, parent.predicted, counts, name)
+    found = checks.duplicates(train, config.checks) + checks.leaks(train, test, config.checks)
     # In a wrong unit every energy is far off, so outliers would say nothing more.
-    return found + (unit or checks.energy_outliers(target.train, parent.shift.residual_per_atom, config.checks))
+    return found + (unit or checks.energy_outliers(train, parent.shift.residual_per_atom, config.checks))
+
+
+def check_others(
+    config: FinetuneConfig,
+    source: Potential,
+    potential: Potential,
+    replay: Sequence[ReplayTask],
+    also: Sequence[ReplayTask],
+) -> list[checks.Finding]:
+    """Return everything suspicious about the labels of `also`.
+
+    Raises ValueError for structures that a replayed fidelity, or the parent of a new one, does not know.
+    """
+    for task in replay:
+        reference.check_domain(source, [*task.train, *task.held_out], task.fidelity)
+    found = []
+    for task in also:
+        train, held_out = (dataset.absolute_rows(some, task.fidelity) for some in (task.train, task.held_out))
+        reference.check_covered(train, held_out, task.fidelity)
+        parent = reference.choose_parent(potential, train, source.config.fidelities)[0]
+        reference.check_domain(potential, task.held_out, parent.fidelity)
+        found += inspect(config, task.dataset, train, held_out, parent)
+    return found
 
 
 def histories(tuned: Outcome, scratch: Outcome | None) -> dict[str, list[dict[str, float]]]:

@@ -14,9 +14,9 @@ from rung.data.reaction import Reaction, structures_of
 from rung.finetune import dataset, reference, ridge
 from rung.finetune.adapt import LEARNING_RATES, Adaptation
 from rung.finetune.calibration import MIN_ROWS, Scores, ensemble_scores, last_layer_scores
-from rung.finetune.config import FinetuneConfig
+from rung.finetune.config import CLOSED_FORM, FinetuneConfig
 from rung.finetune.measure import RowErrors, row_errors
-from rung.finetune.replay import ReplayTask, replay_rows
+from rung.finetune.replay import ReplayTask
 from rung.finetune.train import Target, Trained, train
 from rung.model.potential import Potential
 from rung.model.uncertainty import Ensemble, Uncertainty
@@ -58,7 +58,7 @@ class Recipe:
         self.strategy: str = config.strategy
         rate = config.training.learning_rate or LEARNING_RATES.get(config.strategy, 0.0)
         self.training = dataclasses.replace(config.training, learning_rate=rate)
-        self.regresses = config.start == "ridge" or config.strategy == "ridge"
+        self.regresses = config.strategy == "ridge" or config.strategy != "parent" and config.start == "ridge"
 
     def start(self, rows: Sequence[Reaction]) -> Potential:
         """Return the potential before the first step: the parent, with reference energies fitted to the labels."""
@@ -92,7 +92,7 @@ class Recipe:
         regressed = self.regress(start, train_on) if self.regresses else None
         begin = start if regressed is None else regressed
         trained = Trained(begin, 0, [])
-        if self.strategy != "ridge" and steps != 0:
+        if self.strategy not in CLOSED_FORM and steps != 0:
             trained = self.descend(begin, train_on, validate_on, steps)
         posterior = None
         if config.uncertainty == "last_layer":
@@ -107,8 +107,7 @@ class Recipe:
         config, training = self.config, self.training
         if steps is not None:
             training = dataclasses.replace(training, steps=steps)
-        others = [*self.replay, *self.also]
-        rows = [config.fidelity, *(task.fidelity for task in others)]
+        rows = [config.fidelity, *(task.fidelity for task in [*self.replay, *self.also])]
         adaptation = Adaptation(begin, list(dict.fromkeys(rows)), self.strategy, rank=training.rank, seed=config.seed)
         target = Target(
             config.fidelity,
@@ -116,14 +115,14 @@ class Recipe:
             dataset.training_view(validate_on, config.fidelity, config.use_forces),
             config.use_forces,
         )
-        replay = replay_rows(others, config.seed) if others else None
+        also = [task.with_labels(config.use_forces) for task in self.also]
         return train(
             begin,
             adaptation,
             target,
             training,
-            replay=replay,
-            remember=self.replay,
+            replay=self.replay,
+            also=also,
             seed=config.seed,
             label=self.label,
         )
@@ -198,13 +197,23 @@ class Outcome:
         return errors
 
 
-def cross_validate(recipe: Recipe, start: Potential, rows: list[Reaction], folds: list[list[int]]) -> list[Judged]:
-    """Fit the recipe to all rows but those of a fold, for every fold (indices of rows)."""
+def cross_validate(recipe: Recipe, rows: list[Reaction], folds: list[list[int]]) -> list[Judged]:
+    """Fit the recipe to all rows but those of a fold, for every fold (indices of rows).
+
+    Held-out rows with an element that the others lack have no reference energy from those: they are not judged.
+    """
     judged = []
     for indices in folds:
-        held = [rows[i] for i in indices]
         kept = [row for i, row in enumerate(rows) if i not in set(indices)]
-        judged.append(Judged(recipe.fit(start, kept, held), held))
+        known = set(reference.elements_of(kept))
+        held = [rows[i] for i in indices if set(reference.elements_of([rows[i]])) <= known]
+        if held:
+            judged.append(Judged(recipe.fit(recipe.start(kept), kept, held), held))
+    if not judged:
+        raise ValueError(
+            "cross-validation: every fold holds out the only molecules with some element; give more data, or take "
+            "split.folds=0"
+        )
     return judged
 
 
@@ -214,12 +223,11 @@ def carry_out(
     """Fit the recipe's potential, with one validation set or by cross-validation.
 
     With folds, every fold gives errors on rows it did not train on, and a number of steps; the final potential is
-    trained on all rows for the median number of steps. The reference energies are fitted once, to all labels: a fold
-    may hold out the only molecule with some element. `folded` are the folds, where they were made before.
+    trained on all rows for the median number of steps. `folded` are the folds, where they were made before.
     """
     config, rows = recipe.config, target.train
     start = recipe.start(rows)
-    num_folds = dataset.num_folds(config.split, len(rows))
+    num_folds = target.num_folds
     apart: list[Reaction] = []
     if num_folds == 0 or config.uncertainty == "ensemble":
         # An ensemble is calibrated on rows that no member saw: a member that did not see a row is the one that errs
@@ -232,11 +240,13 @@ def carry_out(
     else:
         if folded is None or apart:
             parts = dataset.partition(rows, num_folds, config.seed, notes, "cross-validation")
-            folded = cross_validate(recipe, start, rows, parts)
+            folded = cross_validate(recipe, rows, parts)
+            if missing := len(rows) - sum(len(part.rows) for part in folded):
+                notes.append(f"cross-validation: {missing} rows have an element that no other molecule has: not judged")
         judged, folds = folded, [fold.fit for fold in folded]
         steps = round(float(np.median([fold.trained.step for fold in folds])))
         final = recipe.fit(start, target.train, [], steps)
-        if recipe.strategy != "ridge":
+        if recipe.strategy not in CLOSED_FORM:
             count = len(target.train)
             notes.append(f"the final potential is trained on all {count} rows for {steps} steps, the folds' median")
     uncertainty, scores = calibrated(recipe, final, folds, [Judged(final, apart)] if apart else judged, notes)

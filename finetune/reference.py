@@ -112,7 +112,17 @@ def choose_parent(potential: Potential, rows: Sequence[Reaction], names: Sequenc
         candidates.append(Parent(name, predicted, fit_shift(rows, labels - predicted)))
     if not candidates:
         raise ValueError("no fidelity of the checkpoint can be the parent:\n  " + "\n  ".join(refusals))
-    return sorted(candidates, key=lambda parent: parent.shift.rms_mev_per_atom)
+    # What differs by less than rounding is equal: the first of the checkpoint's fidelities then.
+    return sorted(candidates, key=lambda parent: round(parent.shift.rms_mev_per_atom, 2))
+
+
+def tie_note(parents: Sequence[Parent]) -> str:
+    """Return a sentence where the labels cannot tell the best parents apart; empty where they can."""
+    best = round(parents[0].shift.rms_mev_per_atom, 2)
+    equal = [parent.fidelity for parent in parents if round(parent.shift.rms_mev_per_atom, 2) == best]
+    if len(equal) < 2:
+        return ""
+    return f"the labels cannot tell which parent fits best ({', '.join(equal)}); name one with --parent, or give more"
 
 
 def with_new_fidelity(potential: Potential, fidelity: str, parent: Parent) -> Potential:

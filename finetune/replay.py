@@ -3,6 +3,7 @@ and of more new fidelities, which are learned together with the target."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from rung.data.reaction import Reaction
 from rung.data.read import read_any, read_dataset
 from rung.data.structure import Structure
 from rung.finetune.config import TrainingConfig
-from rung.finetune.dataset import draw, hold_out, require_energies
+from rung.finetune.dataset import absolute_rows, draw, hold_out, require_energies, training_view
 from rung.finetune.objective import WeightedRow
 
 MAX_EVALUATED = 200  # structures per replay task on which forgetting is measured
@@ -30,6 +31,11 @@ class ReplayTask:
     held_out: list[Structure]
     weight: float = 1.0  # of the loss terms of a structure, relative to those of a target row
 
+    def with_labels(self, use_forces: bool) -> ReplayTask:
+        """Return the task with only those labels of its training structures that may be trained on."""
+        rows = training_view(absolute_rows(self.train, self.fidelity), self.fidelity, use_forces)
+        return dataclasses.replace(self, train=[row.structures[0] for row in rows])
+
 
 def load_replay(
     names: Sequence[str], known: Sequence[str], training: TrainingConfig, seed: int, notes: list[str]
@@ -43,7 +49,7 @@ def load_replay(
         fidelity = name.rpartition(":")[2]
         if fidelity not in known:
             raise unknown_fidelity(fidelity, known)
-    return [_load(name, training.replay_weight, training.replay_limit, seed, notes) for name in names]
+    return [_load("replay", name, training.replay_weight, training.replay_limit, seed, notes) for name in names]
 
 
 def load_also(names: Sequence[str], taken: Sequence[str], seed: int, notes: list[str]) -> list[ReplayTask]:
@@ -58,21 +64,22 @@ def load_also(names: Sequence[str], taken: Sequence[str], seed: int, notes: list
         check_name(fidelity)
         if fidelity in taken:
             raise ValueError(f"also {name}: expected a new fidelity, found one of {', '.join(taken)}")
-        tasks.append(_load(name, 1.0, 0, seed, notes))
+        tasks.append(_load("also", name, 1.0, 0, seed, notes))
         require_energies(tasks[-1].train, fidelity, tasks[-1].dataset)
+        taken = [*taken, fidelity]
     return tasks
 
 
-def _load(name: str, weight: float, limit: int, seed: int, notes: list[str]) -> ReplayTask:
+def _load(purpose: str, name: str, weight: float, limit: int, seed: int, notes: list[str]) -> ReplayTask:
     dataset, _, fidelity = name.rpartition(":")
     if is_dataset(dataset):
         train = _sample(read_dataset(dataset, fidelity, "train"), limit, seed)
         held_out = read_any(dataset, fidelity, split="val")
     else:
-        train, held_out = hold_out(read_any(dataset, fidelity), 0.1, seed, f"replay {name}", notes)
+        train, held_out = hold_out(read_any(dataset, fidelity), 0.1, seed, f"{purpose} {name}", notes)
         train = draw(train, limit, seed)
     if not train or not held_out:
-        raise ValueError(f"replay {name}: expected structures to train on and to hold out, found none")
+        raise ValueError(f"{purpose} {name}: expected structures to train on and to hold out, found none")
     return ReplayTask(dataset, fidelity, train, draw(held_out, MAX_EVALUATED, seed), weight)
 
 

@@ -4,10 +4,12 @@ With the trunk frozen, the energy is linear in the read-outs of a fidelity and i
 (`Potential.readout_derivatives`). The regression is of what the parent leaves of the labels, every row divided by its
 number of atoms n: y / n = (phi . w) / n + noise. The prior of w is Gaussian around the parent's values (w = 0), with a
 strength of its own for every layer; the strengths and the noise maximise the evidence (C. M. Bishop, Pattern
-Recognition and Machine Learning, 2006, section 3.5; the maximum is found numerically). Reference energies have a prior
-so broad that only what the compositions leave open is decided by it.
+Recognition and Machine Learning, 2006, section 3.5; the maximum is found numerically). The reference energies, already
+shifted by the parent's fit, are one more such block. A number that no label depends on keeps its value, and has no
+variance.
 
-R rows (energies), X columns (derivatives: K for each of the T layers, then one for each element).
+R rows (energies), X columns (derivatives: K for each of the T layers, then one for each element), in blocks: the
+layers, then the reference energies.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from rung.model.uncertainty import LastLayer
 
 Floats = NDArray[np.float64]
 
-REFERENCE_STD = 10.0  # eV; prior of a reference energy's change, after the parent's shift
 STRENGTH_RANGE = (1e-4, 1e3)  # of the prior's standard deviations, relative to the spread of the labels
+WIDTH_EXPECTED, WIDTH_LOG_STD = 0.3, 1.5  # log-normal prior of those: median, relative to the same, and width
 NOISE_RANGE = (1e-3, 1.0)  # of the noise, relative to the same
-FLOOR = 1e-7  # eV/atom; the rounding of float32 predictions: no noise is smaller
+FLOOR = 1e-6  # eV/atom; the rounding of float32 predictions: no noise is smaller
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Ridge:
     change: Floats  # [X], mean: what is added to read-outs and reference energies
     covariance: Floats  # [X, X]
     noise: float  # eV/atom, standard deviation of a label
-    prior_std: tuple[float, ...]  # of each layer's part of an energy, eV/atom: how far it may go from the parent
-    effective: float  # number of numbers that the labels determine (of the read-outs)
+    prior_std: tuple[float, ...]  # of each block's part of an energy, eV/atom: how far it may go from the parent
+    effective: float  # how many numbers the labels determine
 
     def apply(self, potential: Potential, fidelity: str) -> None:
         """Add the mean to the potential's read-outs and reference energies at `fidelity`."""
@@ -93,8 +95,8 @@ class Regression:
     moment_X: Floats
     square: float  # sum of y^2
     num_rows: int
-    layers: Sequence[NDArray[np.int64]]  # columns of each layer
-    sizes: Sequence[float]  # a layer's part of an energy per atom, for read-outs of standard deviation 1
+    blocks: Sequence[NDArray[np.int64]]  # columns of each layer, then those of the reference energies
+    sizes: Sequence[float]  # a block's part of an energy per atom, for numbers of standard deviation 1
     spread: float  # eV/atom, of the labels without composition
 
     @classmethod
@@ -121,63 +123,83 @@ class Regression:
         y_R = residual_R / num_atoms_R
         references = x_RX[:, -num_elements:]
         # What composition explains belongs to the reference energies: a layer's spread is measured without it.
-        left_RX = x_RX - references @ np.linalg.lstsq(references, x_RX, rcond=None)[0]
-        left_R = y_R - references @ np.linalg.lstsq(references, y_R, rcond=None)[0]
-        layers = np.array_split(np.arange(x_RX.shape[1] - num_elements), num_layers)
+        solution, _, rank, _ = np.linalg.lstsq(references, np.column_stack([x_RX, y_R]), rcond=None)
+        left = np.column_stack([x_RX, y_R]) - references @ solution
+        freedom = len(y_R) - int(rank)  # rows beyond those that composition explains whatever they are
+        num_columns = x_RX.shape[1]
+        blocks = np.array_split(np.arange(num_columns - num_elements), num_layers)
+        squares = [np.sum(left[:, some] ** 2) / freedom if freedom else 0.0 for some in blocks]
+        # A block that composition explains but for rounding is one that nothing can be learned about.
+        informed = [
+            square > 1e-12 * np.mean(np.sum(x_RX[:, b] ** 2, 1)) for square, b in zip(squares, blocks, strict=True)
+        ]
+        sizes = [float(np.sqrt(square)) if known else 0.0 for square, known in zip(squares, informed, strict=True)]
+        spread = float(np.sqrt(np.sum(left[:, -1] ** 2) / freedom)) if freedom else 0.0
         return cls(
             gram_XX=x_RX.T @ x_RX,
             moment_X=x_RX.T @ y_R,
             square=float(y_R @ y_R),
             num_rows=len(y_R),
-            layers=layers,
-            sizes=[max(float(np.sqrt(np.mean(left_RX[:, some] ** 2) * len(some))), 1e-12) for some in layers],
-            spread=max(float(np.sqrt(np.mean(left_R**2))), FLOOR),
+            blocks=[*blocks, np.arange(num_columns - num_elements, num_columns)],
+            sizes=[*sizes, float(np.sqrt(np.mean(np.sum(references**2, axis=1))))],
+            spread=max(spread, FLOOR),
         )
 
-    def precision(self, log_prior: Sequence[float]) -> Floats:
-        """Return the prior's precision of every column [X]."""
-        alpha = np.full(len(self.moment_X), REFERENCE_STD**-2)
-        for some, size, log_std in zip(self.layers, self.sizes, log_prior, strict=True):
-            alpha[some] = (size / np.exp(log_std)) ** 2
-        return alpha
+    def widths(self, log_prior: Sequence[float]) -> Floats:
+        """Return the prior's standard deviation of every column [X]; 0 for one that no label depends on."""
+        width = np.zeros(len(self.moment_X))
+        for some, size, log_std in zip(self.blocks, self.sizes, log_prior, strict=True):
+            if size > 0:
+                width[some] = np.exp(log_std) / size
+        return np.where(np.diag(self.gram_XX) > 0, width, 0.0)
+
+    def _whitened(self, log_prior: Sequence[float]) -> tuple[Floats, Floats, Floats]:
+        """Return widths [X], eigenvalues [X] and eigenvectors [X, X] of the Gram matrix in units of the widths."""
+        width = self.widths(log_prior)
+        values, vectors = np.linalg.eigh(width[:, None] * self.gram_XX * width)
+        return width, np.maximum(values, 0.0), vectors  # rounding makes some of the smallest negative
 
     def evidence(self, log_noise: float, log_prior: Sequence[float]) -> float:
         """Return the logarithm of the evidence, less what does not depend on the arguments."""
-        alpha = self.precision(log_prior)
+        width, values, vectors = self._whitened(log_prior)
         beta = float(np.exp(-2 * log_noise))
-        # In units of the prior's widths the matrix is the identity plus something positive: well conditioned.
-        width = alpha**-0.5
-        a_XX = np.eye(len(alpha)) + beta * width[:, None] * self.gram_XX * width
-        lower = np.linalg.cholesky(a_XX)
-        half = np.linalg.solve(lower, beta * width * self.moment_X)
-        log_determinant = 2 * float(np.log(np.diag(lower)).sum())
-        return 0.5 * float(self.num_rows * np.log(beta) - log_determinant - beta * self.square + float(half @ half))
+        projected = vectors.T @ (width * self.moment_X)
+        explained = float(np.sum(projected**2 * beta / (1 + beta * values)))
+        log_determinant = float(np.log1p(beta * values).sum())
+        return 0.5 * float(self.num_rows * np.log(beta) - log_determinant - beta * (self.square - explained))
 
     def most_evident(self) -> Floats:
-        """Return the logarithms of the noise and of the layers' prior widths that maximise the evidence."""
+        """Return the logarithms of the noise and of the blocks' prior widths that maximise the evidence.
+
+        With a weak log-normal prior on the widths: of a handful of labels the evidence alone is too easily impressed.
+        """
         from scipy.optimize import minimize  # type: ignore[import-untyped]
 
-        low, high = np.log(STRENGTH_RANGE) + np.log(self.spread)
-        quiet = float(np.log(max(NOISE_RANGE[0] * self.spread, FLOOR)))
-        loud = max(float(np.log(NOISE_RANGE[1] * self.spread)), quiet)
-        bounds = [(quiet, loud), *[(low, high)] * len(self.layers)]
-        # The evidence can have several maxima (all is noise; all is explained): several starts.
+        log_spread = float(np.log(self.spread))
+        low, high = np.log(STRENGTH_RANGE) + log_spread
+        quiet = max(float(np.log(NOISE_RANGE[0])) + log_spread, float(np.log(FLOOR)))
+        loud = max(float(np.log(NOISE_RANGE[1])) + log_spread, quiet)
+        bounds = [(quiet, loud), *[(low, high)] * len(self.blocks)]
+
+        def cost(point: Floats) -> float:
+            expected = (point[1:] - log_spread - np.log(WIDTH_EXPECTED)) / WIDTH_LOG_STD
+            return 0.5 * float(np.sum(expected**2)) - self.evidence(float(point[0]), point[1:].tolist())
+
+        # There can be several maxima (all is noise; all is explained): several starts.
         starts = [
-            [np.clip(np.log(self.spread * noise), quiet, loud), *[np.log(self.spread * prior)] * len(self.layers)]
+            [np.clip(np.log(noise) + log_spread, quiet, loud), *[np.log(prior) + log_spread] * len(self.blocks)]
             for noise, prior in ((0.5, 1.0), (0.1, 3.0), (0.9, 0.1))
         ]
-        found = [minimize(lambda p: -self.evidence(p[0], p[1:]), start, bounds=bounds) for start in starts]
+        found = [minimize(cost, start, bounds=bounds) for start in starts]
         best: Floats = min(found, key=lambda result: float(result.fun)).x
         return best
 
     def posterior(self, log_noise: float, log_prior: Sequence[float]) -> Ridge:
         """Return mean and covariance of read-outs and reference energies, given noise and prior widths."""
-        alpha = self.precision(log_prior)
+        width, values, vectors = self._whitened(log_prior)
         beta = float(np.exp(-2 * log_noise))
-        width = alpha**-0.5
-        inverse = np.linalg.inv(np.eye(len(alpha)) + beta * width[:, None] * self.gram_XX * width)
-        covariance = width[:, None] * inverse * width
-        covariance = (covariance + covariance.T) / 2
-        effective = float(np.sum(1 - np.diag(inverse)[np.concatenate(self.layers)]))
+        scaled = width[:, None] * vectors
+        covariance = (scaled / (1 + beta * values)) @ scaled.T
         mean = beta * covariance @ self.moment_X
+        effective = float(np.sum(beta * values / (1 + beta * values)))
         return Ridge(mean, covariance, float(np.exp(log_noise)), tuple(np.exp(log_prior).tolist()), effective)

@@ -19,7 +19,7 @@ from rung.finetune.adapt import Adaptation
 from rung.finetune.config import TrainingConfig
 from rung.finetune.measure import RowErrors, row_errors
 from rung.finetune.objective import RowBatch, WeightedRow, collate_rows, row_loss
-from rung.finetune.replay import ReplayTask
+from rung.finetune.replay import ReplayTask, replay_rows
 from rung.model.loss import LossConfig
 from rung.model.potential import Potential
 from rung.model.predict import evaluate
@@ -110,23 +110,23 @@ def train(
     target: Target,
     config: TrainingConfig,
     *,
-    replay: Iterator[WeightedRow] | None = None,
-    remember: Sequence[ReplayTask] = (),
+    replay: Sequence[ReplayTask] = (),
+    also: Sequence[ReplayTask] = (),
     seed: int = 0,
     label: str = "fine-tune",
 ) -> Trained:
-    """Minimise the loss of the adapted potential on the target (and replay) rows, up to `config.steps` steps.
+    """Minimise the loss of the adapted potential on the target's and the other tasks' rows, up to `config.steps` steps.
 
-    `remember` are the tasks on whose held-out structures forgetting is watched.
+    On the held-out structures of `replay` forgetting is watched; of `also` a batch has as many rows as of the target.
     Raises ValueError when the loss or a gradient is not finite, naming the rows of the batch.
     """
     lbfgs = config.optimizer == "lbfgs"  # its weights need no average: a line search does not jump about
     average = Average(potential, 0.0 if lbfgs else config.ema)
-    stopping = EarlyStopping(average.potential, target, config, remember)
+    stopping = EarlyStopping(average.potential, target, config, replay)
     history = [{"step": 0.0} | stopping.judge(average.potential, 0)]
     optimizer = make_optimizer(adaptation, config)
-    forces = target.use_forces or replay is not None
-    batches = make_batches(potential, target, config, replay, seed)
+    forces = target.use_forces or bool(replay)
+    batches = make_batches(potential, target, config, replay, also, seed)
     losses: list[float] = []
     progress = tqdm(range(1, config.steps + 1), desc=label, disable=None, leave=False)
     for step in progress:
@@ -156,7 +156,8 @@ def take_step(
         optimizer.zero_grad()
         loss = batch_loss(adaptation, batch, config, forces)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(adaptation.parameters(), config.clip)
+        limit = math.inf if config.optimizer == "lbfgs" else config.clip  # a line search needs the loss's own gradient
+        norm = torch.nn.utils.clip_grad_norm_(adaptation.parameters(), limit)
         if not bool(torch.isfinite(norm + loss)):
             raise ValueError(
                 f"training: expected a finite loss and gradient, found {loss.item():g} and {norm.item():g} on the "
@@ -213,19 +214,26 @@ def make_batches(
     potential: Potential,
     target: Target,
     config: TrainingConfig,
-    replay: Iterator[WeightedRow] | None,
+    replay: Sequence[ReplayTask],
+    also: Sequence[ReplayTask],
     seed: int,
 ) -> Iterator[RowBatch]:
-    """Yield batches without end: `batch_size` target rows (lbfgs: all), every one once per pass, then replay rows."""
+    """Yield batches without end: `batch_size` target rows (lbfgs: all), then as many of `also`, then replay rows.
+
+    Every pass takes the target rows in a new order; those that do not fill a batch are left to other passes.
+    """
     index = {name: row for row, name in enumerate(potential.config.fidelities)}
     generator = np.random.default_rng(seed)
     size = len(target.train) if config.optimizer == "lbfgs" else min(config.batch_size, len(target.train))
+    replayed, beside = replay_rows(replay, seed), replay_rows(also, seed)
     while True:
         order = generator.permutation(len(target.train))
         for start in range(0, len(order) - size + 1, size):
             rows = [WeightedRow(target.train[i], target.fidelity) for i in order[start : start + size]]
-            if replay is not None:
-                rows += [next(replay) for _ in range(round(config.replay_ratio * size))]
+            if also:
+                rows += [next(beside) for _ in range(size)]
+            if replay and config.replay_ratio > 0:
+                rows += [next(replayed) for _ in range(max(1, round(config.replay_ratio * size)))]
             yield collate_rows(rows, index, potential.config.cutoff)
 
 

@@ -40,6 +40,10 @@ class RungCalculator(Calculator):
     Total charge (elementary charges, default 0) and spin multiplicity (2S + 1, default 1) are read from
     `atoms.info["charge"]` and `atoms.info["multiplicity"]` (or "spin", which also means 2S + 1). Where the checkpoint
     knows the uncertainty of the fidelity, `get_property("energy_std")` is the energy's standard deviation in eV.
+
+    ASE does not know `energy_std`: its writers leave it out, and SinglePointCalculator refuses it among the results.
+    Copy it to `atoms.info["energy_std"]` where it is to be kept, as Rung's own trajectories do. What the calculator was
+    made with stays: another fidelity takes another calculator.
     """
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "energy_std"]
@@ -68,8 +72,8 @@ class RungCalculator(Calculator):
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found '{dtype}'")
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = load_checkpoint(checkpoint)
-        self.fidelity = choose_fidelity(fidelity, checkpoint.potential.config.fidelities)
-        self.dtype = dtype
+        self._fidelity = choose_fidelity(fidelity, checkpoint.potential.config.fidelities)
+        self._dtype = dtype
         self.potential = copy.deepcopy(checkpoint.potential).to(device=device, dtype=DTYPES[dtype]).eval()
         self._uncertainty = checkpoint.uncertainty.get(self.fidelity)
         self._every_std = uncertainty
@@ -78,6 +82,30 @@ class RungCalculator(Calculator):
         self._neighbours = Neighbours(self.potential.config.cutoff, skin, self.potential.embedding.element_SC.device)
         self._direct: DirectPotential | None = None  # made once: the potential is this calculator's own
         self._known: _Known | None = None
+
+    @property
+    def fidelity(self) -> str:
+        """The level of theory; it stays, as results that are kept would not follow."""
+        return self._fidelity
+
+    @fidelity.setter
+    def fidelity(self, value: str) -> None:
+        raise AttributeError(_fixed("fidelity", value))
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the network: float32 or float64; it stays."""
+        return self._dtype
+
+    @dtype.setter
+    def dtype(self, value: str) -> None:
+        raise AttributeError(_fixed("dtype", value))
+
+    def set(self, **kwargs: Any) -> dict[str, Any]:
+        """Raise ValueError for any parameter: there is none to set; called by ASE with none."""
+        for name, value in kwargs.items():
+            raise ValueError(_fixed(name, value))
+        return {}
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what changed, however little, since the last calculation, charge and multiplicity included.
@@ -101,8 +129,8 @@ class RungCalculator(Calculator):
         """Fill `results` for `atoms`; called by ASE.
 
         Raises PropertyNotImplementedError for the stress of anything but a cell periodic in three directions and for
-        `energy_std` where the checkpoint has no uncertainty, and ValueError for positions that are not finite and for
-        an element, charge or multiplicity that the potential does not know at this fidelity.
+        `energy_std` where the checkpoint has no uncertainty, and ValueError for no atom at all, for positions that are
+        not finite and for an element, charge or multiplicity that the potential does not know at this fidelity.
         """
         if atoms is not None and self.check_state(atoms):  # `get_property` has just kept a copy of its own
             self.atoms = atoms.copy()
@@ -257,6 +285,10 @@ class _Known:
         return replace(self.batch, positions=positions, cell=cell, **tensors)
 
 
+def _fixed(name: str, value: Any) -> str:
+    return f"{name}: a calculator keeps what it was made with; make another one: RungCalculator(..., {name}={value!r})"
+
+
 def _to_numpy(tensor: Tensor | None) -> NDArray[np.float64]:
     assert tensor is not None
     array: NDArray[np.float64] = tensor.detach().double().cpu().numpy()
@@ -268,7 +300,13 @@ def _bytes(array: NDArray[Any] | None) -> bytes | None:
 
 
 def _structure(atoms: Atoms, dtype: np.dtype[Any], name: str) -> Structure:
-    """Return the structure in the calculator's own precision, where stored data would be float32."""
+    """Return the structure in the calculator's own precision, where stored data would be float32.
+
+    Nothing of it is shared with `atoms`, which change in place. Positions are counted from their mean, as float32 is
+    coarse far from the origin: at 10^4 angstrom, two of its numbers are 10^-3 apart.
+    """
+    if len(atoms) == 0:
+        raise ValueError("structure without atoms: expected at least one atom, found none")
     if not np.isfinite(atoms.positions).all():
         raise ValueError(f"positions of '{name}': expected finite numbers; did the dynamics blow up?")
     charge, multiplicity = charge_and_multiplicity(atoms.info)
@@ -276,9 +314,9 @@ def _structure(atoms: Atoms, dtype: np.dtype[Any], name: str) -> Structure:
         key=name,
         group="",
         numbers=atoms.numbers.astype(np.uint8),
-        positions=atoms.positions.astype(dtype),
+        positions=(atoms.positions - atoms.positions.mean(axis=0)).astype(dtype),
         cell=atoms.cell.array.astype(dtype),
-        pbc=atoms.pbc,
+        pbc=atoms.pbc.copy(),
         charge=charge,
         multiplicity=multiplicity,
     )

@@ -1,7 +1,11 @@
-"""The model card: what a checkpoint is, what it was trained on and where its limits are, for its README.md."""
+"""The model card: what a checkpoint is, what it was trained on and where its limits are, for its README.md.
+
+Also what of rung.yaml others may see (`without_secrets`).
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +16,27 @@ HUB_LICENCES = (
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
     "cc-by-nc-sa-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unlicense",
 )  # fmt: skip
+
+WITHHELD = "(withheld)"
+_SECRET = (
+    r"(?:token|secret|password|passwd|passphrase|credentials?|authorization|(?:api|access|secret|private)?[_-]?key)"
+)
+_SECRET_NAME = re.compile(rf"(?:.*[_.-])?{_SECRET}(?:[_.-].*)?", re.IGNORECASE)
+_SECRET_TEXTS = tuple(
+    (re.compile(pattern, re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        # user:password@ of an address; the second form has a '/' or '?' in the password. A path may have an '@', too.
+        (r"://(?:[^\s/?#]*|[^\s/?#:@]*:(?!\d*(?:[/?#\s]|$))\S*)@", "://"),
+        (r"([a-z][a-z0-9+.-]*://[^\s?#]*)[?#]\S*", r"\1"),
+        (r"(\bauthorization[\"']?\s*[:=]\s*)[^\n\"']+", rf"\1{WITHHELD}"),
+        (r"(\bbearer\s+)\S+", rf"\1{WITHHELD}"),
+        (
+            rf"((?<![a-z])(?:[a-z0-9]+[_-])*{_SECRET}(?:[_-][a-z0-9]+)*[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+",
+            rf"\1{WITHHELD}",
+        ),
+        (rf"(--(?:[a-z0-9]+-)*{_SECRET}\s+)\S+", rf"\1{WITHHELD}"),
+    )
+)
 
 
 def model_card(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
@@ -33,16 +58,42 @@ def model_card(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     return "\n".join(line for section in sections for line in section)
 
 
-def data_licences(info: Mapping[str, Any]) -> dict[str, str]:
-    """Return data set -> licence ("" where none is stated); entries with the same digest are the same data."""
-    digest_keys = ("manifest_sha256", "sha256")
-    digests = [next((data[key] for key in digest_keys if key in data), None) for data in info["datasets"]]
-    stated = {sha: data["licence"] for sha, data in zip(digests, info["datasets"], strict=True) if data.get("licence")}
-    licences: dict[str, str] = {}
-    for sha, data in zip(digests, info["datasets"], strict=True):
-        name = str(data.get("name", "unnamed"))
-        licences[name] = data.get("licence") or stated.get(sha) or licences.get(name, "")
-    return licences
+def data_licences(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the distinct (data set, licence), "" where none is stated.
+
+    Entries with the same digest are the same data, whatever they are called; of those without one nothing is known
+    but what they say.
+    """
+    stated = {data_digest(data): data["licence"] for data in info["datasets"] if data.get("licence")}
+    stated.pop(None, None)
+    pairs = (
+        (str(data.get("name", "unnamed")), data.get("licence") or stated.get(data_digest(data), ""))
+        for data in info["datasets"]
+    )
+    return list(dict.fromkeys(pairs))
+
+
+def data_digest(dataset: Mapping[str, Any]) -> str | None:
+    """Return the SHA-256 of a file or of a dataset's manifest, from an entry of `datasets`; None where it has none."""
+    return dataset.get("manifest_sha256") or dataset.get("sha256")
+
+
+def without_secrets(value: Any) -> Any:
+    """Return rung.yaml's contents without passwords, tokens, the queries of addresses and the commands of shards."""
+    if isinstance(value, dict):
+        return {
+            key: WITHHELD if item and _SECRET_NAME.fullmatch(str(key)) else without_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("pipe:"):
+        return f"pipe:{WITHHELD}"
+    for pattern, replacement in _SECRET_TEXTS:
+        value = pattern.sub(replacement, value)
+    return value
 
 
 def _front_matter(info: Mapping[str, Any], publication: Mapping[str, Any]) -> list[str]:
@@ -114,7 +165,7 @@ def _levels(info: Mapping[str, Any]) -> list[str]:
 
 
 def _data(info: Mapping[str, Any]) -> list[str]:
-    unstated = [name for name, licence in data_licences(info).items() if not licence]
+    unstated = [name for name, licence in data_licences(info) if not licence]
     lines = ["## Training data", "", *(_dataset_line(dataset) for dataset in info["datasets"]), ""]
     if unstated:
         lines += [f"No licence is stated for: {', '.join(unstated)}.", ""]

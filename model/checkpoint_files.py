@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rung.data.shard import tar_bytes, write_beside
@@ -81,7 +81,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Move the folder `new` to `folder`: whoever looks there sees a whole checkpoint or none."""
+    """Move the folder `new` to `folder`: whoever looks there sees a whole checkpoint or none.
+
+    Raises FileExistsError as `check_replaceable` does.
+    """
+    check_replaceable(folder)
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     if folder.exists():
         folder.rename(old)
@@ -91,9 +95,19 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise FileExistsError for a folder that exists, is not empty and is not a checkpoint."""
-    if folder.exists() and not (folder / INFO).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raise FileExistsError for a folder that exists and holds anything but the files of a checkpoint."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / INFO).is_file():
         raise FileExistsError(f"{folder} exists and is not a checkpoint: choose another folder or remove it")
+    ours = {*REQUIRED, *OPTIONAL, DIGESTS, *_listed(folder)}
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours or not entry.is_file())
+    if others:
+        some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise FileExistsError(
+            f"{folder} is not replaced, because it also holds what is no part of a checkpoint: {some}; "
+            "choose another folder or move that away"
+        )
 
 
 def pack_files(folder: Path) -> Path:
@@ -105,6 +119,14 @@ def pack_files(folder: Path) -> Path:
     files = sorted(read_files(folder).items())
     write_beside(target, tar_bytes((f"{folder.name}/{name}", data) for name, data in files))
     return target
+
+
+def _listed(folder: Path) -> Iterable[str]:
+    """Return the names in a folder's list of digests; none when it cannot be read: damage may be replaced."""
+    try:
+        return parse_digests((folder / DIGESTS).read_bytes(), str(folder)).keys()
+    except (OSError, ValueError):
+        return ()
 
 
 def _of_folder(folder: Path) -> dict[str, bytes]:

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from ase.data import chemical_symbols
 from tqdm import tqdm
 
-from rung.data.reaction import Reaction, structures_of
+from rung.data.reaction import Reaction
 from rung.data.reaction_file import is_reaction_file, read_reactions
 from rung.data.read import read_any
 from rung.data.shard import write_beside
@@ -26,12 +25,11 @@ from rung.model.checkpoint import load_checkpoint
 from rung.model.errors import Errors, ErrorSums, Metrics, reaction_metrics
 from rung.model.potential import Potential
 from rung.model.predict import (
-    DEFAULT_BUDGET,
     choose_fidelity,
     known_structures,
     predict,
     reaction_energies,
-    widened,
+    to_device,
 )
 from rung.model.prediction_file import (
     SUFFIXES,
@@ -81,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE", help="write predictions and labels: .csv, or .extxyz with forces"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; default: cuda where there is one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,11 +89,7 @@ def run(args: argparse.Namespace) -> int:
             check_target(path, suffixes)
             if path.exists() and Path(args.data).exists() and path.samefile(args.data):
                 raise ValueError(f"{path}: expected another file than the data that are read")
-    potential = load_checkpoint(args.checkpoint).potential
-    try:
-        potential.to(args.device)
-    except (RuntimeError, AssertionError) as error:  # torch: an unknown word, or a GPU that is not there
-        raise ValueError(f"device '{args.device}': {str(error).splitlines()[0]}") from error
+    potential = to_device(load_checkpoint(args.checkpoint).potential, args.device)
     about = {"checkpoint": str(args.checkpoint), "data": str(args.data)}
     report = _reactions(args, potential) if is_reaction_file(args.data) else _structures(args, potential)
     if args.json is not None:
@@ -161,7 +155,6 @@ def _predict(
         fidelity,
         forces=everything or any(one.forces is not None for one in labels),
         stress=any(one.stress is not None for one in labels),
-        budget=widened(DEFAULT_BUDGET, structures, potential.config.cutoff),
     )
     return [Predicted(fidelity, *pair) for pair in zip(structures, predictions, strict=True)]
 
@@ -211,8 +204,7 @@ def _reactions(args: argparse.Namespace, potential: Potential) -> dict[str, Any]
     fidelity = choose_fidelity(args.fidelity, potential.config.fidelities)
     reactions, skipped = _known_reactions(potential, read_reactions(args.data, fidelity), fidelity)
     _settle(skipped, len(reactions) + len(skipped), f"reactions at '{fidelity}'", args.skip_unknown)
-    budget = widened(DEFAULT_BUDGET, structures_of(reactions), potential.config.cutoff)
-    energies = reaction_energies(potential, reactions, fidelity, budget=budget)
+    energies = reaction_energies(potential, reactions, fidelity)
     metrics = reaction_metrics(reactions, energies)
     print(_reaction_table(fidelity, metrics))
     if args.predictions is not None:

@@ -216,15 +216,23 @@ def upload(folder: Path, repository: str, branch: str | None = None, *, private:
     """Put the checkpoint in `folder` into a hub's repository, made if need be, fetch it back and return its commit.
 
     Files of an older checkpoint that this one has not are removed there, others are left alone. Raises ValueError as
-    `check_upload` does, and OSError when the hub refuses, cannot be reached or gives back other bytes.
+    `check_upload` does and for `private` where the repository is a public one, and OSError when the hub refuses, cannot
+    be reached or gives back other bytes.
     """
     check_upload(repository)
     from huggingface_hub import HfApi, get_token
 
     listed = (folder / DIGESTS).read_bytes()
     api = HfApi(endpoint=endpoint())
-    try:
+    with _as_os_error(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
+        is_exposed = private and not api.repo_info(repository).private
+    if is_exposed:
+        raise ValueError(
+            f"--private: {repository} at {endpoint()} exists and is public; nothing was uploaded. Make it private there, "
+            "name another one, or leave out --private"
+        )
+    with _as_os_error(repository):
         if branch not in (None, "main"):
             api.create_branch(repository, branch=branch, exist_ok=True)
         info = api.upload_folder(
@@ -235,10 +243,16 @@ def upload(folder: Path, repository: str, branch: str | None = None, *, private:
             allow_patterns=[DIGESTS, *parse_digests(listed, str(folder))],
             delete_patterns=list(OPTIONAL),
         )
-    except Exception as error:  # of several libraries below huggingface_hub, not all of them an OSError
-        reason = " ".join(str(error).split())
-        raise OSError(f"{repository} at {endpoint()}: the upload failed: {reason}") from error
     kept = fetch(HubName(repository, info.oid), Client(get_token() or ""))  # also that of `hf auth login`
     if (kept / DIGESTS).read_bytes() != listed:
         raise OSError(f"{repository}@{info.oid}: the hub gives back other files than those in {folder}; upload again")
     return str(info.oid)
+
+
+@contextmanager
+def _as_os_error(repository: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of several libraries below huggingface_hub, not all of them an OSError
+        reason = " ".join(str(error).split())
+        raise OSError(f"{repository} at {endpoint()}: the upload failed: {reason}") from error

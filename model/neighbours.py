@@ -135,7 +135,13 @@ class Neighbours:
         if skin == 0:
             return self._built(structure)
         double: np.dtype[Any] = np.dtype(np.float64)
-        structure = replace(structure, positions=structure.positions.astype(double), cell=structure.cell.astype(double))
+        structure = replace(  # copies: it is kept, and whoever has the arrays may write to them
+            structure,
+            numbers=structure.numbers.copy(),
+            positions=structure.positions.astype(double),
+            cell=structure.cell.astype(double),
+            pbc=structure.pbc.copy(),
+        )
         last, self._last = self._last, structure
         if self._candidates is None or reach(self._candidates.structure, structure, self._cutoff) > self._cutoff + skin:
             self._candidates = None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rung.data.batch import Batch, Budget, Sample, batches
+from rung.data.batch import Batch, Batcher, Budget, Sample, Samples
 from rung.data.fidelity import unknown_fidelity
-from rung.data.graph import table_graph
+from rung.data.graph import edge_counts
 from rung.data.reaction import Reaction, structures_of
 from rung.data.structure import Structure
 from rung.data.table import StructureTable
@@ -20,7 +21,7 @@ from rung.model.errors import MEV, Errors, ErrorSums, Metrics, StructurePredicti
 from rung.model.potential import Potential, Prediction
 
 DEFAULT_BUDGET = Budget(max_atoms=2048, max_edges=65536)  # a few hundred MB in float32
-CHUNK = 1024  # structures whose edges are counted at a time
+CHUNK = 256  # structures that are taken, and whose edges are counted, at a time
 
 __all__ = [
     "DEFAULT_BUDGET",
@@ -34,6 +35,7 @@ __all__ = [
     "known_structures",
     "predict",
     "reaction_energies",
+    "to_device",
     "widened",
 ]
 
@@ -45,12 +47,13 @@ def predict(
     *,
     forces: bool = True,
     stress: bool = False,
-    budget: Budget = DEFAULT_BUDGET,
+    budget: Budget | None = None,
 ) -> list[StructurePrediction]:
     """Return the prediction of each structure at `fidelity`, in order, on the potential's device and in its dtype.
 
-    Raises ValueError for a fidelity, element, charge or multiplicity that the potential does not know and for a
-    structure larger than the budget, naming it.
+    Batches are of DEFAULT_BUDGET, widened to the largest structure met so far. Raises ValueError for a fidelity,
+    element, charge or multiplicity that the potential does not know and, where a `budget` is given, for a structure
+    larger than that, naming it.
     """
     predictions: list[StructurePrediction] = []
     with _evaluation_mode(potential):
@@ -61,7 +64,7 @@ def predict(
 
 
 def evaluate(
-    potential: Potential, structures: Sequence[Structure], fidelity: str, *, budget: Budget = DEFAULT_BUDGET
+    potential: Potential, structures: Sequence[Structure], fidelity: str, *, budget: Budget | None = None
 ) -> Metrics:
     """Return the errors of the potential against the structures' labels at `fidelity`.
 
@@ -72,7 +75,7 @@ def evaluate(
 
 
 def error_sums(
-    potential: Potential, structures: Sequence[Structure], fidelity: str, *, budget: Budget = DEFAULT_BUDGET
+    potential: Potential, structures: Sequence[Structure], fidelity: str, *, budget: Budget | None = None
 ) -> ErrorSums:
     """Return the sums behind `evaluate`, for a set of structures that is spread over ranks."""
     forces = any(
@@ -83,7 +86,7 @@ def error_sums(
 
 
 def reaction_energies(
-    potential: Potential, reactions: Sequence[Reaction], fidelity: str, *, budget: Budget = DEFAULT_BUDGET
+    potential: Potential, reactions: Sequence[Reaction], fidelity: str, *, budget: Budget | None = None
 ) -> NDArray[np.float64]:
     """Return the energies of reactions at `fidelity`, float64 [R] in eV: sums of coefficient x energy.
 
@@ -103,13 +106,42 @@ def reaction_energies(
 
 
 def widened(budget: Budget, structures: Sequence[Structure], cutoff: float) -> Budget:
-    """Return a budget that the largest of the structures fits in by itself, for `cutoff` in angstrom."""
-    max_atoms, max_edges = budget.max_atoms, budget.max_edges
-    for start in range(0, len(structures), CHUNK):
-        table = StructureTable.of(structures[start : start + CHUNK])
-        edges = np.diff(table_graph(table, cutoff).row_ptr[table.offsets])
-        max_atoms, max_edges = max(max_atoms, int(table.num_atoms.max())), max(max_edges, int(edges.max()))
+    """Return a budget that the largest of the structures fits in by itself, for `cutoff` in angstrom.
+
+    Edges are counted only where they could be too many.
+    """
+    max_atoms = max([budget.max_atoms, *(structure.num_atoms for structure in structures)])
+    max_edges = budget.max_edges
+    many = [structure for structure in structures if _most_edges(structure, cutoff) > budget.max_edges]
+    for start in range(0, len(many), CHUNK):
+        max_edges = max(max_edges, int(edge_counts(StructureTable.of(many[start : start + CHUNK]), cutoff).max()))
     return Budget(max_atoms, max_edges)
+
+
+def _most_edges(structure: Structure, cutoff: float) -> float:
+    """Return what the number of edges cannot exceed, at little cost.
+
+    With the lattice planes of a periodic direction h apart, a pair of atoms has at most 2 x cutoff / h + 1 images
+    along it that are closer than `cutoff`.
+    """
+    pairs = structure.num_atoms**2
+    if not structure.pbc.any():
+        return pairs
+    dual_3p = np.linalg.pinv(structure.cell[structure.pbc].astype(np.float64))  # of lengths 1 / h
+    return float(pairs * np.prod(np.floor(2 * cutoff * np.linalg.norm(dual_3p, axis=0)) + 1))
+
+
+def to_device(potential: Potential, name: str = "auto") -> Potential:
+    """Move the potential to a device (cpu, cuda, cuda:N; auto: cuda where there is one) and return it.
+
+    Raises ValueError for an unknown name, and for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return potential.to(name)
+    except (RuntimeError, AssertionError) as error:  # torch: an unknown word, or a GPU that is not there
+        raise ValueError(f"device '{name}': {str(error).splitlines()[0]}") from error
 
 
 def choose_fidelity(name: str | None, known: Sequence[str]) -> str:
@@ -149,19 +181,30 @@ def known_structures(
     return known, reasons
 
 
-def _batches(potential: Potential, structures: Iterable[Structure], fidelity: str, budget: Budget) -> Iterator[Batch]:
-    known = potential.config.fidelities
+def _batches(
+    potential: Potential, structures: Iterable[Structure], fidelity: str, budget: Budget | None
+) -> Iterator[Batch]:
+    known, cutoff = potential.config.fidelities, potential.config.cutoff
     choose_fidelity(fidelity, known)
     weight = next(potential.parameters())
     index = {name: row for row, name in enumerate(known)}
-    samples = (Sample(_checked(potential, structure, fidelity), fidelity) for structure in structures)
-    for batch in batches(samples, fidelity_index=index, cutoff=potential.config.cutoff, budget=budget):
+    now = budget or DEFAULT_BUDGET
+    batcher = Batcher(index, cutoff, now)
+    remaining = iter(structures)
+    while some := list(islice(remaining, CHUNK)):
+        for structure in some:
+            check_structure(potential, structure, fidelity)
+        if budget is None and (wider := widened(now, some, cutoff)) != now:
+            yield from _moved(batcher.rest(), weight)
+            now, batcher = wider, Batcher(index, cutoff, wider)
+        for batch, _ in batcher.add(Samples.of([Sample(structure, fidelity) for structure in some], known)):
+            yield from _moved(batch, weight)
+    yield from _moved(batcher.rest(), weight)
+
+
+def _moved(batch: Batch | None, weight: torch.Tensor) -> Iterator[Batch]:
+    if batch is not None:
         yield batch.to(weight.device, weight.dtype)
-
-
-def _checked(potential: Potential, structure: Structure, fidelity: str) -> Structure:
-    check_structure(potential, structure, fidelity)
-    return structure
 
 
 def _of_structures(batch: Batch, prediction: Prediction) -> Iterator[StructurePrediction]:

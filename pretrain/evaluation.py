@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import islice
 
@@ -11,19 +11,15 @@ import numpy as np
 import torch
 
 from rung.data.batch import Budget
-from rung.data.graph import table_graph
 from rung.data.manifest import FidelityEntry, read_manifest
 from rung.data.stream import epoch_structures
 from rung.data.structure import Structure
-from rung.data.table import StructureTable
 from rung.model.potential import Potential
-from rung.model.predict import DEFAULT_BUDGET, MEV, ErrorSums, error_sums
+from rung.model.predict import DEFAULT_BUDGET, MEV, ErrorSums, error_sums, widened
 from rung.pretrain.config import EvaluationConfig
 from rung.pretrain.metrics import Metrics
 from rung.pretrain.plan import Plan
 from rung.pretrain.ranks import Ranks
-
-CHUNK = 256  # structures whose edges are counted at once
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,9 @@ class Evaluation:
                 )
             task = plan.tasks[index]
             self._baselines[name] = Baseline.of(read_manifest(task.dataset).entry(task.fidelity))
-        self._budget = _widened(budget, self._structures, plan.model.cutoff)
+        # Once, not at each evaluation: no structure must stop a run halfway.
+        for structures in self._structures:
+            self._budget = widened(self._budget, structures, plan.model.cutoff)
 
     def _read(self, index: int, config: EvaluationConfig) -> Iterator[Structure]:
         """Yield a task's evaluation set: evenly spaced over the split, as neighbours are geometries of one molecule."""
@@ -158,17 +156,6 @@ class Share:
             self._atoms[owner] += structure.num_atoms
             if owner == self._rank:
                 yield structure
-
-
-def _widened(budget: Budget, tasks: Sequence[Sequence[Structure]], cutoff: float) -> Budget:
-    """Return the budget, widened to take the largest structure by itself: none must stop a run halfway."""
-    max_atoms, max_edges = budget.max_atoms, budget.max_edges
-    for structures in tasks:
-        for start in range(0, len(structures), CHUNK):
-            table = StructureTable.of(structures[start : start + CHUNK])
-            edges = np.diff(table_graph(table, cutoff).row_ptr[table.offsets])
-            max_atoms, max_edges = max(max_atoms, int(table.num_atoms.max())), max(max_edges, int(edges.max()))
-    return Budget(max_atoms, max_edges)
 
 
 def _error_sums(row: list[float]) -> ErrorSums:

@@ -11,7 +11,7 @@ from ase.build import molecule
 from ase.io import write
 
 from rung.data.reaction import Reaction, structures_of
-from rung.data.reaction_file import is_reaction_file, read_reactions
+from rung.data.reaction_file import is_reaction_file, reaction_sources, read_reactions
 
 HEAD = 'if [ "$TMER" == "" ]\nthen\n  tmer=tmer2++\nelse\n  tmer=$TMER\nfi\nf=$1\nw=$2\n\n'
 
@@ -85,6 +85,27 @@ def test_a_second_set_and_missing_electrons(folder: Path) -> None:
     assert reaction.structures[1].multiplicity == 2
 
 
+def test_protons_or_electrons_may_be_left_out_but_no_hydrogen_atom(folder: Path) -> None:
+    for name, formula, charge in (("acid", "H2O", 0), ("base", "OH", -1)):
+        species(folder, name, formula, charge)
+    (affinity,) = read(folder, "$tmer {acid,base}/$f x -1 1 $w 390\n")  # acid -> base + H+
+    assert affinity.composition() == {1: -1} and affinity.coefficients == (-1, 1)
+    (affinity,) = read(folder, "$tmer {01A,ion}/$f x -1 1 $w -140\n")  # OH + H+ -> H2O+
+    assert affinity.composition() == {1: 1}
+    for line, found in (
+        ("$tmer 01/$f 01A/$f x -1 1 $w 118", "found H -1 from left to right"),  # H2O -> OH + H
+        ("$tmer ion/$f base/$f x -1 1 $w 118", "found H -1, charge -2 from left to right"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(found)):
+            read(folder, line + "\n")
+
+
+def test_sources_are_the_files_that_are_read(folder: Path) -> None:
+    read(folder, "$tmer 01{A,B,}/$f x 1 1 -1 $w 118\n$tmer {01,ion}/$f x -1 1 $w 291\n")
+    names = (".res", "01/struc.xyz", "01A/struc.xyz", "01B/.UHF", "01B/struc.xyz", "ion/.CHRG", "ion/struc.xyz")
+    assert reaction_sources(folder) == [folder / name for name in names]  # and none of o2
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -95,7 +116,7 @@ def test_a_second_set_and_missing_electrons(folder: Path) -> None:
         ("$tmer 01C/$f x 1 $w 1", "line 10: reaction 'SET-001': unknown species '01C': no folder"),
         ("$tmer {ion,o2}/$f x -1 1 $w $d0 1", "energy: expected a number, found '$d0'"),
         ("$tmer 01/$f o2/$f x -1 1 $w 1", "expected the same atoms and charge on both sides, found H -2, O +1"),
-        ("$tmer 01/$f bad/$f x -1 1 $w 1", "species 'bad': expected 10 electrons, found 1 of them unpaired"),
+        ("$tmer 01/$f bad/$f x -1 1 $w 1", "species 'bad': expected an odd multiplicity (2S + 1) for its 10 electrons"),
         ("$tmer 01/$f none/$f x -1 1 $w 1", "species 'none': expected struc.xyz or mol.xyz or coord in"),
         ("$tmer {ion,o2}/$f x -1 1 $w", "energy: expected a number, found ''"),
     ],

@@ -13,7 +13,7 @@ from ase.build import molecule
 from ase.io import write
 
 from rung.data.reaction import Reaction, structures_of
-from rung.data.reaction_file import is_reaction_file, read_reactions, write_reactions
+from rung.data.reaction_file import is_reaction_file, reaction_sources, read_reactions, write_reactions
 from rung.data.structure import Structure
 
 COMBUSTION = "{CH4: 1, O2: 2, CO2: -1, H2O: -2}"
@@ -80,6 +80,29 @@ def test_every_reference_to_a_geometry(folder: Path) -> None:
     assert [s.key for s in second.structures] == ["named"] and second.coefficients == (-2,)
 
 
+def test_a_multiplicity_that_is_not_stated_is_the_smallest_possible(folder: Path) -> None:
+    structures = """structures:
+  radical: OH.xyz
+  anion: {file: OH.xyz, charge: -1}
+  quartet: {file: OH.xyz, multiplicity: 4}
+  named: frames.extxyz#O2"""
+    row = "{energy: 0, structures: {radical: 1, anion: 1, quartet: 1, named: 1}, allow_unbalanced: true}"
+    (reaction,) = read(folder, table(row, structures=structures))
+    assert [s.multiplicity for s in reaction.structures] == [2, 1, 4, 3]
+    text = "name,energy,unit,structures,coefficients,allow_unbalanced\nr,1,eV,OH.xyz,1,true\n"
+    (reaction,) = read(folder, text, "set.csv")
+    assert reaction.structures[0].multiplicity == 2
+
+
+def test_sources_are_the_table_and_the_geometries_in_use(folder: Path) -> None:
+    read(folder, table(ROW, structures="structures: frames.extxyz"))
+    assert reaction_sources(folder / "set.yaml") == [folder / "frames.extxyz", folder / "set.yaml"]
+    species = "{O2: frames.extxyz#O2, CH4: CH4.xyz, CO2: CO2.xyz, H2O: H2O.xyz, unused: OH.xyz}"
+    read(folder, table(ROW, structures=f"structures: {species}"))
+    names = ("CH4.xyz", "CO2.xyz", "H2O.xyz", "frames.extxyz", "set.yaml")
+    assert reaction_sources(str(folder / "set.yaml")) == [folder / name for name in names]
+
+
 def test_csv_with_paths(folder: Path) -> None:
     rows = [
         "name,energy,unit,structures,coefficients,group",
@@ -136,6 +159,9 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         write_reactions(tmp_path / "set.yaml", [Reaction.absolute(water, 0.0)] * 2)
     with pytest.raises(ValueError, match=re.escape("expected a name that ends in .yaml")):
         write_reactions(tmp_path / "set.csv", [Reaction.absolute(water, 0.0)])
+    radical = Structure("b", "b", np.array([1], np.uint8), np.zeros((1, 3), np.float32))  # a singlet
+    with pytest.raises(ValueError, match="species 'b': expected an even multiplicity"):
+        write_reactions(tmp_path / "set.yaml", [Reaction.absolute(radical, 0.0)])
     assert not list(tmp_path.iterdir())
 
 
@@ -189,6 +215,18 @@ ROW = f"{{name: r, energy: 1, structures: {COMBUSTION}}}"
             "unknown species 'O2'; did you mean 'CO2'?",
         ),
         (table(ROW, structures=""), "unknown species: no file"),
+        (
+            table("{energy: 1, structures: {a: 1}}", structures="structures: {a: {file: OH.xyz, multiplicity: 1}}"),
+            "species 'a': expected an even multiplicity (2S + 1) for its 9 electrons (charge 0), at most 10, found 1",
+        ),
+        (
+            table("{energy: 1, structures: {a: 1}}", structures="structures: {a: {file: OH.xyz, multiplicity: 12}}"),
+            "at most 10, found 12; correct the charge or the multiplicity",
+        ),
+        (
+            table("{energy: 1, structures: {a: 1}}", structures="structures: {a: {file: OH.xyz, charge: 10}}"),
+            "species 'a': expected a charge of at most 9, found 10",
+        ),
         (
             table(
                 "{energy: 1, structures: {a: 1, b: -1}}",

@@ -72,7 +72,32 @@ def test_a_structure_that_rows_share_stays_one(high: list[Reaction]) -> None:
 
 @pytest.mark.parametrize(("folds", "structures", "expected"), [(-1, 199, 5), (-1, 200, 0), (0, 20, 0), (3, 900, 3)])
 def test_small_sets_get_folds(folds: int, structures: int, expected: int) -> None:
-    assert dataset.num_folds(SplitConfig(folds=folds), structures) == expected
+    assert dataset.num_folds(FinetuneConfig("c", "d", "high", split=SplitConfig(folds=folds)), structures) == expected
+
+
+def test_an_ensemble_has_folds_whatever_the_size() -> None:
+    assert dataset.num_folds(FinetuneConfig("c", "d", "high", uncertainty="ensemble"), 5000) == 5
+
+
+def test_a_large_molecule_is_not_held_out_whole(shifted: list[Structure]) -> None:
+    """One molecule has most of the structures: the others are drawn, whatever the seed."""
+    water = [s for s in shifted if s.group == "H2O"]
+    large = [dataclasses.replace(water[0], key=f"large-{i}", group="large") for i in range(60)]
+    for seed in range(10):
+        notes: list[str] = []
+        kept, held = dataset.hold_out([*large, *shifted], 0.15, seed, "validation", notes)
+        assert {s.group for s in held}.isdisjoint(s.group for s in kept) and "large" not in {s.group for s in held}
+        assert 10 <= len(held) <= 20 and notes == []
+    kept, held = dataset.hold_out([*large, *shifted[:4]], 0.15, 0, "validation", notes := [])
+    assert len(held) == 4 and "molecules stay whole" in notes[0]
+
+
+def test_molecules_that_share_a_geometry_are_one(high: list[Reaction]) -> None:
+    copy = dataclasses.replace(high[0], group="water under another name")
+    notes: list[str] = []
+    train, _ = dataset.with_equal_grouped([*high, copy], [], 1e-3, notes)
+    assert train[-1].group == train[0].group and len({row.group for row in train}) == 8
+    assert notes == ["1 pairs of groups share a geometry and are treated as one molecule"]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +110,10 @@ def test_small_sets_get_folds(folds: int, structures: int, expected: int) -> Non
         ({"also": ("builtin",)}, "also: expected DATASET:FIDELITY, found builtin"),
         ({"uncertainty": "ensemble", "split": SplitConfig(folds=0)}, "uncertainty: expected split.folds of at least 2"),
         ({"training": TrainingConfig(max_forgetting=0.1)}, "training.max_forgetting: expected replay=DATASET"),
+        (
+            {"training": TrainingConfig(optimizer="lbfgs", ema=0.5)},
+            "training.ema: expected nothing with optimizer=lbfgs",
+        ),
         ({"training": TrainingConfig(layer_decay=1.5)}, "training.layer_decay: expected 0 < layer_decay <= 1"),
         ({"split": SplitConfig(folds=1)}, "split.folds: expected -1"),
         ({"fidelity": "CCSD(T)"}, "expected lower-case letters"),

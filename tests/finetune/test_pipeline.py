@@ -17,7 +17,7 @@ from rung.finetune.adapt import Adaptation
 from rung.finetune.config import FinetuneConfig, SplitConfig, TrainingConfig
 from rung.finetune.dataset import absolute_rows
 from rung.finetune.pipeline import finetune
-from rung.finetune.replay import ReplayTask, replay_rows
+from rung.finetune.replay import ReplayTask
 from rung.finetune.train import Target, train
 from rung.launch.cli import main
 from rung.model.checkpoint import load_checkpoint
@@ -118,7 +118,7 @@ def test_replay_reduces_forgetting(potential: Potential, harder: list[Structure]
     task = ReplayTask("memory", "low", harder, harder, weight=0.003)
     target = Target("high", absolute_rows(harder, "high"), [], use_forces=False)
     errors = []
-    for replay in (None, replay_rows([task], seed=0)):
+    for replay in ([], [task]):
         adaptation = Adaptation(potential, ["high", "low"], "full")
         training = TrainingConfig(steps=60, batch_size=8, learning_rate=0.01, replay_ratio=2.0, l2_pull=0.0)
         trained = train(potential, adaptation, target, training, replay=replay)
@@ -156,6 +156,7 @@ def test_forces_are_trained_on_only_when_asked(
         (["training.setps=3"], "unknown key 'training.setps'; did you mean 'steps'?"),
         (["--replay", "builtin:hihg"], "unknown fidelity 'hihg'"),
         (["--from", "nowhere"], "checkpoint nowhere does not exist"),
+        (["device=foo"], "device 'foo'"),
     ],
 )
 def test_bad_input_is_named(
@@ -183,3 +184,12 @@ def test_kcal_given_as_ev_stops_the_run(
     error = capsys.readouterr().err
     assert "suspicious labels" in error
     assert "look like kcal/mol, expected eV" in error
+
+
+def test_the_checkpoint_to_start_from_is_not_replaced(
+    checkpoint: str, shifted: list[Structure], write_extxyz: WriteExtxyz, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(checkpoint).rename(Path(checkpoint).with_name("checkpoint"))
+    words = ["--from", str(folder), "--data", write_extxyz(shifted, "data.extxyz"), "--fidelity", "high"]
+    assert main(["finetune", *words, "--out", str(folder.parent)]) == 2
+    assert "is the checkpoint to start from; choose another folder" in capsys.readouterr().err

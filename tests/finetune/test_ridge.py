@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 
 from rung.data.reaction import Reaction
 from rung.data.structure import Structure
-from rung.finetune import ridge
+from rung.finetune import reference, ridge
 from rung.finetune.calibration import last_layer_scores
 from rung.finetune.dataset import absolute_rows
 from rung.model.potential import Potential
@@ -39,24 +39,26 @@ def gaussian_process(
     regression: ridge.Regression, x: NDArray[np.float64], log_noise: float, log_prior: list[float]
 ) -> NDArray[np.float64]:
     """Return the covariance of the rows' energies per atom: the same model, seen from its labels."""
-    return x @ np.diag(1 / regression.precision(log_prior)) @ x.T + np.exp(2 * log_noise) * np.eye(len(x))
+    return x @ np.diag(regression.widths(log_prior) ** 2) @ x.T + np.exp(2 * log_noise) * np.eye(len(x))
 
 
 def test_mean_and_variance_are_those_of_a_gaussian_process(arrays) -> None:  # type: ignore[no-untyped-def]
     x, y, atoms = arrays
     regression = ridge.Regression.from_arrays(x, y, atoms, LAYERS, ELEMENTS)
-    log_noise, log_prior = np.log(0.02), [np.log(0.1), np.log(0.3)]
+    log_noise, log_prior = np.log(0.02), [np.log(0.1), np.log(0.3), np.log(2.0)]
     found = regression.posterior(log_noise, log_prior)
     covariance = gaussian_process(regression, x / atoms[:, None], log_noise, log_prior)
     new = np.random.default_rng(1).normal(size=(4, x.shape[1]))
-    cross = new @ np.diag(1 / regression.precision(log_prior)) @ (x / atoms[:, None]).T
+    cross = new @ np.diag(regression.widths(log_prior) ** 2) @ (x / atoms[:, None]).T
     np.testing.assert_allclose(new @ found.change, cross @ np.linalg.solve(covariance, y / atoms), rtol=1e-7)
-    prior = new @ np.diag(1 / regression.precision(log_prior)) @ new.T
+    prior = new @ np.diag(regression.widths(log_prior) ** 2) @ new.T
     expected = prior - cross @ np.linalg.solve(covariance, cross.T)
     np.testing.assert_allclose(new @ found.covariance @ new.T, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_the_evidence_is_the_density_of_the_labels_and_is_maximal(arrays) -> None:  # type: ignore[no-untyped-def]
+def test_the_evidence_is_the_density_of_the_labels_and_is_maximal(  # type: ignore[no-untyped-def]
+    arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, y, atoms = arrays
     regression = ridge.Regression.from_arrays(x, y, atoms, LAYERS, ELEMENTS)
 
@@ -64,10 +66,11 @@ def test_the_evidence_is_the_density_of_the_labels_and_is_maximal(arrays) -> Non
         covariance = gaussian_process(regression, x / atoms[:, None], log_noise, log_prior)
         return float(multivariate_normal.logpdf(y / atoms, cov=covariance))
 
-    points = [(np.log(0.02), [np.log(0.1), np.log(0.3)]), (np.log(0.1), [np.log(0.5), np.log(0.05)])]
+    points = [(np.log(0.02), np.log([0.1, 0.3, 2.0]).tolist()), (np.log(0.1), np.log([0.5, 0.05, 1.0]).tolist())]
     differences = [density(*point) - regression.evidence(*point) for point in points]
     assert differences[0] == pytest.approx(differences[1], abs=1e-6)
 
+    monkeypatch.setattr(ridge, "WIDTH_LOG_STD", 1e6)  # the evidence alone
     best = regression.most_evident()
     largest = regression.evidence(best[0], best[1:].tolist())
     assert np.exp(best[0]) == pytest.approx(0.02, rel=0.4)  # the noise that the labels have
@@ -75,7 +78,29 @@ def test_the_evidence_is_the_density_of_the_labels_and_is_maximal(arrays) -> Non
         for step in (-0.1, 0.1):
             moved = best.copy()
             moved[index] += step
-            assert regression.evidence(moved[0], moved[1:].tolist()) <= largest + 1e-6
+            assert regression.evidence(moved[0], moved[1:].tolist()) <= largest + 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_a_handful_of_labels_does_no_harm(potential: Potential, harder: list[Structure], count: int) -> None:
+    """With fewer rows than elements and features everything can be explained: the parent must be kept."""
+    rows, test = absolute_rows(harder[:count], "high"), absolute_rows(harder[8:], "high")
+    known = set(reference.elements_of(rows))
+    test = [row for row in test if set(reference.elements_of([row])) <= known]
+    start = reference.with_new_fidelity(potential, "high", reference.choose_parent(potential, rows, ["low"])[0])
+    regressed = copy.deepcopy(start)
+    ridge.regress(start, rows, "high").apply(regressed, "high")
+    labels = np.array([row.energy for row in test])
+    before, after = (np.abs(reaction_energies(p, test, "high") - labels).mean() for p in (start, regressed))
+    assert after < 1.3 * before + 1e-3
+
+
+def test_what_no_label_depends_on_is_kept_and_has_no_variance(arrays) -> None:  # type: ignore[no-untyped-def]
+    x, y, atoms = arrays
+    x = x.copy()
+    x[:, -1] = 0.0
+    fit = ridge.Regression.from_arrays(x, y, atoms, LAYERS, ELEMENTS).posterior(np.log(0.02), [0.0, 0.0, 0.0])
+    assert fit.change[-1] == 0 and not fit.covariance[-1].any()
 
 
 def test_features_or_labels_that_are_not_finite_are_refused(arrays) -> None:  # type: ignore[no-untyped-def]

@@ -167,7 +167,7 @@ def test_lbfgs_reaches_a_smaller_loss_than_few_steps_of_soap(
     data = write_extxyz(harder, "data.extxyz")
     losses = {}
     for optimizer in ("lbfgs", "soap"):
-        training = dataclasses.replace(SHORT, optimizer=optimizer, batch_size=64)
+        training = TrainingConfig(steps=20, evaluate_every=10, optimizer=optimizer)
         history = run(data, strategy="embedding", start="parent", training=training).metrics["history"]
         losses[optimizer] = history["fine-tuned"][-1]["loss"]
     assert losses["lbfgs"] < losses["soap"]
@@ -195,3 +195,35 @@ def test_labels_that_break_training_are_named(
     training = dataclasses.replace(SHORT, optimizer="adamw", learning_rate=1e12)
     with pytest.raises(ValueError, match=r"expected a finite loss and gradient, .* on the batch of .*take a smaller"):
         run(write_extxyz(harder, "data.extxyz"), strategy="full", start="parent", training=training)
+
+
+def test_labels_of_another_new_fidelity_are_checked_too(
+    run: Callable[..., FinetuneResult], harder: list[Structure], write_extxyz: WriteExtxyz
+) -> None:
+    in_kcal = []
+    for structure in harder:
+        energy = structure.labels["high"].energy
+        assert energy is not None
+        in_kcal.append(dataclasses.replace(structure, labels={"high": Labels(energy * 23.0605)}))
+    other = write_extxyz(in_kcal, "other.extxyz")
+    with pytest.raises(ValueError, match="other.extxyz look like kcal/mol, expected eV"):
+        run(write_extxyz(harder, "data.extxyz"), also=(f"{other}:higher",))
+
+
+def test_reactions_that_are_trained_on_are_no_test(
+    run: Callable[..., FinetuneResult], isomers: list[Reaction], tmp_path: Path
+) -> None:
+    write_reactions(tmp_path / "all.yaml", isomers)
+    with pytest.raises(ValueError, match="test reaction .* is training reaction"):
+        run(str(tmp_path / "all.yaml"), test=str(tmp_path / "all.yaml"))
+
+
+def test_total_energies_in_a_table_are_total_energies(
+    run: Callable[..., FinetuneResult], harder: list[Structure], tmp_path: Path
+) -> None:
+    rows = absolute_rows(harder, "high")
+    write_reactions(tmp_path / "train.yaml", rows[:24])
+    write_reactions(tmp_path / "test.yaml", rows[24:])
+    errors = run(str(tmp_path / "train.yaml"), test=str(tmp_path / "test.yaml")).metrics["target"]["after"]
+    assert errors["num_energies"] == 8
+    assert errors["energy_mae_mev_per_atom"] == pytest.approx(errors["row_mae_mev_per_atom"])

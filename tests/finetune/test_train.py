@@ -45,5 +45,5 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_a_set_smaller_than_a_batch_is_one_batch(potential: Potential, shifted: list[Structure]) -> None:
     target = train.Target("low", absolute_rows(shifted[:3], "low"), [], use_forces=False)
-    batches = train.make_batches(potential, target, TrainingConfig(batch_size=16), None, seed=0)
+    batches = train.make_batches(potential, target, TrainingConfig(batch_size=16), [], [], seed=0)
     assert sorted(next(batches).keys) == sorted(s.key for s in shifted[:3])

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk
 
 from rung.data.batch import Budget, collate
+from rung.data.graph import structure_graph
 from rung.data.reaction import Reaction
 from rung.data.structure import Labels, Structure
 from rung.model.potential import Potential
@@ -22,6 +24,7 @@ from rung.model.predict import (
     known_structures,
     predict,
     reaction_energies,
+    to_device,
     widened,
 )
 
@@ -147,6 +150,62 @@ def test_a_budget_is_widened_to_the_largest_structure(potential: Potential, mole
     assert len(predict(potential, molecules, "low", budget=budget)) == 3
     enough = Budget(max_atoms=100, max_edges=10000)
     assert widened(enough, molecules, potential.config.cutoff) == enough
+    diamond = periodic((True, True, True))  # fewer pairs of atoms than the budget, but many of images
+    assert widened(Budget(100, 64), [diamond], cutoff=4.0) == Budget(100, 8 * (4 + 12 + 12 + 6 + 12))  # five shells
+
+
+def periodic(pbc: tuple[bool, bool, bool], cubic: bool = True) -> Structure:
+    """Return diamond, of which only some directions may be periodic; the others then have no lattice vector."""
+    atoms = bulk("C", cubic=cubic)
+    cell = np.where(np.array(pbc)[:, None], atoms.cell.array, 0.0).astype(np.float32)
+    positions = atoms.positions.astype(np.float32)
+    return Structure("C", "C", atoms.numbers.astype(np.uint8), positions, cell, np.array(pbc))
+
+
+@pytest.mark.parametrize("cubic", [True, False])
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, True, False), (False, True, False), (False, False, False)])
+def test_a_budget_is_widened_to_crystals_surfaces_and_wires(pbc: tuple[bool, bool, bool], cubic: bool) -> None:
+    structure = periodic(pbc, cubic)
+    for cutoff in (1.6, 3.0, 5.0, 8.0):
+        edges = structure_graph(structure, cutoff).num_edges
+        for enough in range(1, edges + 2, max(1, edges // 50)):
+            assert widened(Budget(8, enough), [structure], cutoff).max_edges == max(edges, enough)
+
+
+def test_without_a_budget_any_structure_fits(
+    potential: Potential, molecules: list[Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    water, methane, ethanol = molecules
+    several = [water, methane, ethanol, water, methane]
+    expected = predict(potential, several, "low")
+    monkeypatch.setattr("rung.model.predict.DEFAULT_BUDGET", Budget(max_atoms=4, max_edges=8))
+    monkeypatch.setattr("rung.model.predict.CHUNK", 2)  # so that it is widened on the way
+    found = predict(potential, iter(several), "low")
+    assert [one.key for one in found] == [structure.key for structure in several]
+    np.testing.assert_allclose([one.energy for one in found], [one.energy for one in expected], rtol=0, atol=1e-9)
+    assert evaluate(potential, molecules, "low")["num_energies"] == 3
+    assert len(reaction_energies(potential, [Reaction.absolute(ethanol, 0.0)], "low")) == 1
+    with pytest.raises(ValueError, match="structure 'CH3CH2OH': 9 atoms .* exceed the budget of 8 atoms"):
+        evaluate(potential, molecules, "low", budget=Budget(max_atoms=8, max_edges=1000))
+
+
+def test_edges_of_small_structures_are_not_counted(
+    potential: Potential, molecules: list[Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("rung.model.predict.edge_counts", refused)
+    assert len(predict(potential, [*molecules, periodic((True, True, True), cubic=False)], "low")) == 4
+
+
+def test_a_device_by_its_name(potential: Potential) -> None:
+    assert to_device(potential, "cpu") is potential
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert next(to_device(potential).parameters()).device.type == expected
+    for name in ("gpu", "cuda:99", ""):
+        with pytest.raises(ValueError, match=f"device '{name}': "):
+            to_device(potential, name)
 
 
 def test_a_fidelity_must_be_named_when_there_are_several() -> None:
