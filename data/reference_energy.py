@@ -40,11 +40,12 @@ class E0Fit:
         """A sentence on what the compositions leave undetermined; empty when nothing is."""
         if not self.unseparated:
             return ""
+        elements = ", ".join(chemical_symbols[z] for z in self.unseparated)
         return (
-            f"compositions have rank {self.rank} for {len(self.e0)} elements: the E0s of "
-            f"{', '.join(chemical_symbols[z] for z in self.unseparated)} cannot be told apart (they always occur in the same proportions, "
-            "or there are too few compositions); their smallest solution is used, only their sum in known compositions "
-            "means anything. Add structures of other compositions or give isolated-atom energies"
+            f"compositions have rank {self.rank} for {len(self.e0)} elements: the E0s of {elements} cannot be told "
+            "apart (they always occur in the same proportions, or there are too few compositions); their smallest "
+            "solution is used, only their sum in known compositions means anything. Add structures of other "
+            "compositions or give isolated-atom energies"
         )
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rung.data.batch import Sample, batches
 from rung.data.reaction import Reaction, structures_of
 from rung.model.potential import Potential
-from rung.model.predict import DEFAULT_BUDGET, reaction_energies
+from rung.model.predict import DEFAULT_BUDGET, reaction_energies, widened
 from rung.model.uncertainty import LastLayer
 
 Floats = NDArray[np.float64]
@@ -76,7 +76,12 @@ def derivatives(potential: Potential, reactions: Sequence[Reaction], fidelity: s
     weight = next(potential.parameters())
     index = {name: row for row, name in enumerate(potential.config.fidelities)}
     samples = (Sample(structure, fidelity) for structure in structures)
-    parts = batches(samples, fidelity_index=index, cutoff=potential.config.cutoff, budget=DEFAULT_BUDGET)
+    parts = batches(
+        samples,
+        fidelity_index=index,
+        cutoff=potential.config.cutoff,
+        budget=widened(DEFAULT_BUDGET, structures, potential.config.cutoff),
+    )
     rows = [potential.readout_derivatives(part.to(weight.device, weight.dtype)).cpu().numpy() for part in parts]
     of_structure = dict(zip(map(id, structures), np.concatenate(rows), strict=True))
     return np.array(

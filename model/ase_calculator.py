@@ -286,7 +286,7 @@ class _Known:
 
 
 def _fixed(name: str, value: Any) -> str:
-    return f"{name}: a calculator keeps what it was made with; make another one: RungCalculator(..., {name}={value!r})"
+    return f"{name}: cannot become {value!r}; a calculator stays what it was made as, so make another RungCalculator"
 
 
 def _to_numpy(tensor: Tensor | None) -> NDArray[np.float64]:
@@ -306,7 +306,7 @@ def _structure(atoms: Atoms, dtype: np.dtype[Any], name: str) -> Structure:
     coarse far from the origin: at 10^4 angstrom, two of its numbers are 10^-3 apart.
     """
     if len(atoms) == 0:
-        raise ValueError("structure without atoms: expected at least one atom, found none")
+        raise ValueError(f"structure '{name or 'Atoms()'}': expected at least one atom, found none")
     if not np.isfinite(atoms.positions).all():
         raise ValueError(f"positions of '{name}': expected finite numbers; did the dynamics blow up?")
     charge, multiplicity = charge_and_multiplicity(atoms.info)

@@ -229,8 +229,8 @@ def upload(folder: Path, repository: str, branch: str | None = None, *, private:
         is_exposed = private and not api.repo_info(repository).private
     if is_exposed:
         raise ValueError(
-            f"--private: {repository} at {endpoint()} exists and is public; nothing was uploaded. Make it private there, "
-            "name another one, or leave out --private"
+            f"--private: {repository} at {endpoint()} exists and is public, so nothing was uploaded: "
+            "make it private there, name another one, or leave out --private"
         )
     with _as_os_error(repository):
         if branch not in (None, "main"):

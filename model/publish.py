@@ -62,15 +62,15 @@ def publish(
     if checkpoint.reference is not None:
         _check_reproduced(source, checkpoint)
     sets = _held_out_sets(checkpoint, data)
-    structures = [structure for one in sets for structure in one.structures]
+    reference = checkpoint.reference
+    if sets or reference is None:
+        reference = make_reference(checkpoint.potential, [structure for one in sets for structure in one.structures])
     published = dataclasses.replace(
         checkpoint,
         info=without_secrets(checkpoint.info) | {"publication": publication},
         evaluation=checkpoint.evaluation | {one.title: _errors(checkpoint.potential, one) for one in sets},
-        reference=make_reference(checkpoint.potential, structures) if data else checkpoint.reference,
+        reference=reference,
     )
-    if published.reference is None:
-        published = dataclasses.replace(published, reference=make_reference(checkpoint.potential))
     unchecked = out.with_name(f".{out.name}.unchecked.{os.getpid()}")
     try:
         write_checkpoint(unchecked, published)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything CI checks: lint, format, types, tests. Run by `make test`.
+# Everything CI checks: lint, format, types, tests. Run by `make test`; arguments are pytest's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh
@@ -15,4 +15,18 @@ for package in kernels data model pretrain finetune analysis launch; do
 done
 mypy
 
-python -m pytest -q -m "slow or not slow" --durations=10 "$@"
+# Two halves at once: tests that start ranks mostly wait for processes, the others mostly compute.
+tests() {
+  local status=0
+  python -m pytest -q -m "slow or not slow" --durations=10 "$@" || status=$?
+  [ $status -eq 5 ] || return $status # 5: the arguments select none of this half
+}
+set -m # else a process in the background would ignore the Ctrl-C that some tests send
+tests tests/launch tests/pretrain "$@" >build/ranks.log 2>&1 &
+ranks=$!
+trap 'kill -INT -- -$ranks 2>/dev/null || true' EXIT
+status=0
+tests --ignore=tests/launch --ignore=tests/pretrain "$@" || status=$?
+wait $ranks || status=$?
+cat build/ranks.log
+exit $status

@@ -201,6 +201,47 @@ def test_a_batch_gives_what_each_structure_gives_alone(
         calculator.batch([ethanol, Atoms("Au")])
 
 
+def test_what_is_kept_is_not_the_callers(checkpoint: Checkpoint) -> None:
+    """ASE writes `pbc` in place: candidates of the crystal must not pass for those of the slab."""
+    box = bulk("C", "diamond", a=3.6, cubic=True).repeat(2)
+    kept, anew = (RungCalculator(checkpoint, "low", dtype="float64", skin=skin) for skin in (0.5, 0.0))
+    for _ in range(2):
+        box.rattle(0.001, seed=1)
+        kept.batch([box])
+    box.pbc = [True, True, False]
+    found, expected = (calculator.batch([box])[0] for calculator in (kept, anew))
+    assert found["energy"] == pytest.approx(expected["energy"], abs=1e-9)
+    np.testing.assert_allclose(found["forces"], expected["forces"], atol=1e-9)
+
+
+def test_float32_is_as_good_far_from_the_origin(checkpoint: Checkpoint, ethanol: Atoms, crystal: Atoms) -> None:
+    calculator = RungCalculator(checkpoint, "low")
+    for near in (ethanol, crystal):
+        far = near.copy()
+        far.positions += [1e4, -2e4, 3e4]
+        far.calc = calculator
+        for forces in (far.get_forces(), calculator.batch([far, far])[1]["forces"]):
+            np.testing.assert_allclose(forces, near.get_forces(), atol=1e-4)
+
+
+def test_what_it_was_made_with_stays(checkpoint: Checkpoint) -> None:
+    calculator = RungCalculator(checkpoint, "low")
+    for name, value in (("fidelity", "high"), ("dtype", "float64")):
+        with pytest.raises(AttributeError, match=f"{name}: cannot become '{value}'; .* make another RungCalculator"):
+            setattr(calculator, name, value)
+    with pytest.raises(ValueError, match="fidelity: cannot become 'high'"):
+        calculator.set(fidelity="high")
+    assert (calculator.fidelity, calculator.dtype) == ("low", "float32")
+
+
+def test_no_atom_at_all_is_named(checkpoint: Checkpoint, ethanol: Atoms) -> None:
+    calculator = RungCalculator(checkpoint, "low")
+    with pytest.raises(ValueError, match="expected at least one atom, found none"):
+        calculator.get_potential_energy(Atoms())
+    with pytest.raises(ValueError, match="structure '1 .*: expected at least one atom, found none"):
+        calculator.batch([ethanol, Atoms()])
+
+
 def test_energy_std_is_the_spread_of_the_energy_over_the_posterior(checkpoint: Checkpoint, ethanol: Atoms) -> None:
     """The energy is linear in the read-outs, so a posterior along one direction has the spread of one step along it."""
     [batch] = batches(

@@ -23,6 +23,7 @@ from rung.data.structure import Structure
 from rung.model import checkpoint as checkpoint_module
 from rung.model import load
 from rung.model.checkpoint import FORMAT_VERSION, Stored, load_checkpoint, pack_checkpoint, save_checkpoint
+from rung.model.checkpoint_files import replace_folder
 from rung.model.potential import Potential
 from rung.model.predict import predict
 from rung.model.reference import compare
@@ -173,6 +174,22 @@ def test_saving_replaces_an_older_checkpoint_and_nothing_else(tmp_path: Path, po
     (tmp_path / "thesis" / "chapter.tex").write_text("...")
     with pytest.raises(FileExistsError, match="thesis exists and is not a checkpoint"):
         save(tmp_path / "thesis", potential)
+
+
+def test_a_checkpoint_with_other_things_in_its_folder_is_not_replaced(tmp_path: Path, potential: Potential) -> None:
+    folder = save(tmp_path / "model", potential)
+    (folder / "charges.safetensors").write_bytes(b"...")  # of a newer Rung: listed, so it is the checkpoint's
+    sign_again(folder)
+    save(folder, potential)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=r"no part of a checkpoint: .git, a.txt, b.txt and 1 more; choose"):
+        save(folder, potential)
+    with pytest.raises(FileExistsError, match=r"no part of a checkpoint"):
+        replace_folder(tmp_path / "model", folder)
+    assert (folder / ".git" / "HEAD").is_file() and (folder / "c.txt").read_text() == "mine"
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path, potential: Potential) -> None:

@@ -55,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/(\w+/\w+)/revision/(\S+)", request.path):
             commit = self.server.commit(match[1], unquote(match[2]))
             self.reply({"sha": commit} if commit else None)
+        elif match := re.fullmatch(r"/api/models/(\w+/\w+)", request.path):
+            self.reply({"id": match[1], "private": match[1] in self.server.private})
         elif match := re.fullmatch(r"/api/models/(\w+/\w+)/tree/([^/?]+)", request.path):
             files = self.server.files(match[1], unquote(match[2])) or {}
             self.reply([{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files.items()])
@@ -74,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request, body = self.note(), self.body()
         if request.path == "/api/repos/create":
-            self.reply({"url": f"{self.server.url}/{REPOSITORY}"})
+            self.reply({"url": f"{self.server.url}/{self.server.create(**json.loads(body))}"})
         elif request.path == "/api/validate-yaml":
             assert json.loads(body)["content"].startswith("---\n")
             self.reply({"errors": [], "warnings": []})
@@ -189,6 +191,7 @@ class Hub(ThreadingHTTPServer):
         self.commits: dict[str, dict[str, bytes]] = {}
         self.branches: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self.lfs: dict[str, bytes] = {}
+        self.private: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -199,6 +202,14 @@ class Hub(ThreadingHTTPServer):
         self.commits[commit] = files
         self.branches[repository][branch] = commit
         return commit
+
+    def create(self, organization: str, name: str, private: bool = False, **others: Any) -> str:
+        """Make a repository, private where asked; one that exists stays as it is."""
+        repository = f"{organization}/{name}"
+        if repository not in self.branches:
+            self.add(repository, {})
+            self.private |= {repository} if private else set()
+        return repository
 
     def commit(self, repository: str, revision: str) -> str | None:
         known = self.branches.get(repository, {})
@@ -492,11 +503,14 @@ def test_an_upload_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_publish_uploads_and_what_comes_back_is_the_same(server: Hub, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (rung[hub])")
     older = server.add(REPOSITORY, {"raw.safetensors": b"of an older checkpoint", "LICENSE": b"CC0"})
-    command = (
-        "import sys; from rung.launch.cli import run_module; "
-        "sys.exit(run_module('rung.model.publish', 'rung publish', sys.argv[1:]))"
+    command = (  # a fresh process for the predictions is started elsewhere
+        "import sys; from rung.launch.cli import run_module; from rung.model import publish; "
+        "publish.verify_in_fresh_process = publish.verify; "
+        "publish_to = lambda *more: run_module('rung.model.publish', 'rung publish', [*sys.argv[1:], '--to', *more]); "
+        f"sys.exit(100 * publish_to('{REPOSITORY}', '--private') + 10 * publish_to('lab/vault', '--private') "
+        f"+ publish_to('{REPOSITORY}'))"
     )
-    arguments = [str(folder), "--out", str(tmp_path / "out"), "--to", REPOSITORY, "--revision", "next"]
+    arguments = [str(folder), "--out", str(tmp_path / "out"), "--revision", "next"]
     # A home of its own: no token of whoever runs the tests is sent, and nothing is written there.
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text("secret")  # as `hf auth login` leaves it
@@ -504,7 +518,9 @@ def test_publish_uploads_and_what_comes_back_is_the_same(server: Hub, folder: Pa
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "RUNG_KERNELS": "reference"}
     python = [sys.executable, "-P", "-c", command]
     done = subprocess.run([*python, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 200, done.stderr
+    assert f"--private: {REPOSITORY} at {server.url} exists and is public, so nothing was uploaded" in done.stderr
+    assert server.private == {"lab/vault"} and WEIGHTS in (server.files("lab/vault", "next") or {})
     sent = {(r.host.partition(":")[0], r.authorization) for r in server.requests if r.method != "PUT"}
     assert sent == {("127.0.0.1", "Bearer secret"), ("localhost", None)}
     commit = server.branches[REPOSITORY]["next"]

@@ -109,6 +109,15 @@ def test_what_it_cannot_follow_is_built_anew() -> None:
     assert reach(silicon, silicon, CUTOFF) == pytest.approx(CUTOFF, abs=1e-8)
 
 
+def test_arrays_that_are_written_to_in_place_are_noticed() -> None:
+    kept, structure = Neighbours(CUTOFF, 0.5, CPU), crystal()
+    check(kept, structure)
+    check(kept, structure)
+    assert kept._candidates is not None
+    structure.pbc[2] = False
+    check(kept, structure)
+
+
 def test_atoms_at_one_place_are_named_with_candidates_too() -> None:
     kept, structure = Neighbours(CUTOFF, 4.0, CPU), crystal()
     check(kept, structure)

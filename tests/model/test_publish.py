@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from ase.build import molecule
 from rung.data.fidelity import Fidelity
 from rung.data.read import read_any
 from rung.data.structure import Structure
+from rung.finetune.config import FinetuneConfig
 from rung.launch.cli import run_module
 from rung.model import publish as publish_module
+from rung.model.card import data_licences, without_secrets
 from rung.model.checkpoint import load_checkpoint, save_checkpoint, write_checkpoint
-from rung.model.config import ModelConfig
+from rung.model.config import ModelConfig, to_mapping
 from rung.model.potential import Potential
 from rung.model.predict import predict
 from rung.model.publish import publish, verify
 from rung.model.reference import Comparison, compare, make_reference
 
+SAMPLE = Path(__file__).parent / "checkpoints" / "v2" / "film"  # has a reference.json: of water and of hydrogen
 FIDELITIES = {"low": Fidelity("low", "GFN2-xTB", code="tblite 0.4"), "high": Fidelity("high", "MP2", "cc-pVDZ")}
 DATA = [
     {"name": "builtin", "licence": "CC0-1.0", "manifest_sha256": "ab" * 32},
@@ -130,13 +134,36 @@ def test_what_is_published_is_the_checkpoint(tmp_path: Path, source: Path, monke
     assert {"low", "high"} < set(front_matter(tmp_path / "out")["tags"])
 
 
-def test_publishing_what_was_published_changes_nothing(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+def test_publishing_what_was_published_changes_only_what_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same_process(monkeypatch)
-    publish(source, tmp_path / "a", name="ladder")
-    publish(tmp_path / "a", tmp_path / "b", name="ladder")
+    publish(SAMPLE, tmp_path / "a", name="A ladder", licence="MIT", repository="lab/ladder")
+    publish(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "a" / "SHA256SUMS").read_bytes() == (tmp_path / "b" / "SHA256SUMS").read_bytes()
+    publish(tmp_path / "a", tmp_path / "c", licence="CC-BY-4.0")
+    publication = {"name": "A ladder", "licence": "CC-BY-4.0", "repository": "lab/ladder"}
+    assert load_checkpoint(tmp_path / "c").info["publication"] == publication
+
+
+def test_stored_predictions_are_kept_when_reproduced_and_no_other_data_are_given(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_process(monkeypatch)
+    sample = load_checkpoint(SAMPLE)
+    publish(SAMPLE, tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out").reference == sample.reference
+    (water,) = ase.io.read(data, ":1")
+    ase.io.write(tmp_path / "water.extxyz", water)
+    publish(SAMPLE, tmp_path / "new", data=[f"{tmp_path / 'water.extxyz'}:low"])
+    new = load_checkpoint(tmp_path / "new").reference
+    assert new is not None
+    stored = [entry["positions"] for entry in new["predictions"] if entry["fidelity"] == "low"]
+    np.testing.assert_allclose(stored, [water.positions], atol=1e-6)
+    sample.potential.set_scale(5.1)
+    other = write_checkpoint(tmp_path / "other", sample)
+    with pytest.raises(ValueError, match="other does not reproduce its stored predictions: low: 2 structures, energ"):
+        publish(other, tmp_path / "not")
 
 
 def test_stored_predictions_are_those_of_the_potential(
@@ -198,6 +225,49 @@ def test_errors_on_given_data_go_into_the_card(
     assert stored == [3, 6]  # water and methanol; "high" knows no oxygen and takes built-in structures
 
 
+def listed(data: Path, **entry: str) -> dict[str, str]:
+    return {"name": str(data), "fidelity": "low", "sha256": hashlib.sha256(data.read_bytes()).hexdigest()} | entry
+
+
+def test_errors_on_training_data_are_no_errors_on_held_out_structures(
+    tmp_path: Path, data: Path, make_potential: Callable[..., Potential], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_process(monkeypatch)
+    runs = {  # what a fine-tuning run says of itself, and whether it trained on the file
+        "data": ({"data": str(data), "test": ""}, True),
+        "also": ({"data": "x", "test": str(data), "also": [f"{data}:high"]}, True),
+        "test": ({"data": "x", "test": str(data)}, False),
+    }
+    for name, (run, trained) in runs.items():
+        # The run of which this one went on has nothing to do with the file.
+        config = {"finetune": {"data": "y", "test": "z"}, "source": {"training": {"finetune": run}}}
+        datasets = [*DATA, listed(data, licence="CC0-1.0")]
+        source = save(tmp_path / name, make_potential(), training_config=config, datasets=datasets)
+        if trained:
+            with pytest.raises(ValueError, match="my.extxyz: the checkpoint was trained on it .SHA-256 .* no split"):
+                publish(source, tmp_path / "out", data=[f"{data}:low"])
+        else:
+            publish(source, tmp_path / "out", data=[f"{data}:low"])
+            assert load_checkpoint(tmp_path / "out").evaluation["my/low"]["num_energies"] == 2
+
+
+def test_two_sets_of_one_name_do_not_replace_each_other(
+    tmp_path: Path, source: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_process(monkeypatch)
+    (tmp_path / "b").mkdir()
+    other = shutil.copy(data, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"my.extxyz and on .*b/my.extxyz would both be 'my/low' in evaluation.json"):
+        publish(source, tmp_path / "out", data=[f"{data}:low", f"{other}:low"])
+    publish(source, tmp_path / "out", data=[f"{data}:low"])
+    publish(tmp_path / "out", tmp_path / "again", data=[f"{other}:low"])  # the same bytes
+    metrics = load_checkpoint(tmp_path / "out").evaluation["my/low"]
+    assert load_checkpoint(tmp_path / "again").evaluation["my/low"] == pytest.approx(metrics)
+    ase.io.write(other, ase.io.read(other, ":1"))
+    with pytest.raises(ValueError, match=rf"already has 'my/low', on other data .SHA-256 {metrics['sha256'][:12]}"):
+        publish(tmp_path / "out", tmp_path / "third", data=[f"{other}:low"])
+
+
 def structure_of(atoms: Any) -> Structure:
     return Structure("x", "x", atoms.numbers.astype(np.uint8), atoms.positions.astype(np.float32))
 
@@ -217,14 +287,13 @@ def test_of_a_dataset_the_test_split_is_taken(tmp_path: Path, monkeypatch: pytes
     assert "builtin/other" not in evaluation
 
 
-def test_no_secret_is_published_and_a_licence_of_ones_own(
-    tmp_path: Path, make_potential: Callable[..., Potential], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_secret_is_published_and_a_licence_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same_process(monkeypatch)
     urls = ["https://me:hunter2@host/set/{file}", "https://host/{file}?X-Sig=hunter2", "pipe:KEY=hunter2 aws s3 cp -"]
     config = {"tasks": [{"dataset": f"set{i}", "shard_url": url} for i, url in enumerate(urls)], "text": "a@b: c?"}
-    source = save(tmp_path / "trained", make_potential(), training_config=config)
-    publish(source, tmp_path / "out", licence="ASL 1.0")
+    sample = load_checkpoint(SAMPLE)
+    trained = dataclasses.replace(sample, info=sample.info | {"training": config})
+    publish(write_checkpoint(tmp_path / "trained", trained), tmp_path / "out", licence="ASL 1.0")
     values = front_matter(tmp_path / "out")
     assert (values["license"], values["license_name"]) == ("other", "asl-1.0")
     training = load_checkpoint(tmp_path / "out").info["training"]
@@ -232,6 +301,52 @@ def test_no_secret_is_published_and_a_licence_of_ones_own(
     assert shown == ["https://host/set/{file}", "https://host/{file}", "pipe:(withheld)"]
     assert training["text"] == "a@b: c?"
     assert not any(b"hunter2" in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:p@hunter2@host/x", "https://host/x"),
+        ("https://me:p/hunter2?@host/x", "https://host/x"),
+        ("https://host:80/pkg@1.0/x", "https://host:80/pkg@1.0/x"),
+        ("s3://bucket/{file}?X-Amz-Signature=hunter2", "s3://bucket/{file}"),
+        ("gs+v1://bucket/x#hunter2 then 2", "gs+v1://bucket/x then 2"),
+        ("curl -H 'Authorization: Bearer hunter2' x", "curl -H 'Authorization: (withheld)' x"),
+        ("authorization=Basic hunter2", "authorization=(withheld)"),
+        ("Bearer hunter2", "Bearer (withheld)"),
+        ("AWS_SECRET_ACCESS_KEY=hunter2 aws s3 cp", "AWS_SECRET_ACCESS_KEY=(withheld) aws s3 cp"),
+        ('{"api-key": "hunter2"}', '{"api-key": "(withheld)"}'),
+        ("fetch --hub-token hunter2 x", "fetch --hub-token (withheld) x"),
+        ("rung data generate --count a=1 b=2; see 10.1021/acs.jctc.7b00118", None),
+        ("monkey=1, tokens: 5, max_tokens=3", None),
+    ],
+)
+def test_secrets_in_texts(text: str, shown: str | None) -> None:
+    assert without_secrets(text) == (text if shown is None else shown)
+    assert without_secrets(without_secrets(text)) == without_secrets(text)
+
+
+def test_secrets_by_the_name_of_a_key() -> None:
+    names = ["token", "HF_TOKEN", "key", "api-key", "secretKey", "aws_secret_access_key", "Password", "Authorization"]
+    assert without_secrets([{name: "hunter2"} for name in names]) == [{name: "(withheld)"} for name in names]
+    assert without_secrets({"auth": {"secret": ["hunter2"]}}) == {"auth": {"secret": "(withheld)"}}
+    harmless = {"token": "", "max_tokens": 5, "keep_states": 2, "monkey": "x", "manifest_sha256": "ab"}
+    assert without_secrets(harmless) == harmless
+    configs = [to_mapping(FinetuneConfig("a", "b", "c")), load_checkpoint(SAMPLE).info]
+    assert without_secrets(configs) == configs  # none of Rung's own names looks like one
+
+
+def test_licences_belong_to_data_not_to_names() -> None:
+    datasets = [
+        {"name": "set", "licence": "CC0-1.0", "manifest_sha256": "a"},
+        {"name": "copy/of/set", "sha256": "a"},  # the same data
+        {"name": "set", "licence": "GPL-3.0", "sha256": "b"},
+        {"name": "mine", "licence": "MIT"},
+        {"name": "yours"},  # like `mine` without a digest, and nothing else in common
+        {"name": "mine"},
+    ]
+    expected = [("set", "CC0-1.0"), ("copy/of/set", "CC0-1.0"), ("set", "GPL-3.0")]
+    assert data_licences({"datasets": datasets}) == [*expected, ("mine", "MIT"), ("yours", ""), ("mine", "")]
 
 
 @pytest.mark.parametrize(
@@ -250,11 +365,10 @@ def test_a_licence_that_the_data_do_not_decide_must_be_named(
         publish(source, tmp_path / "out")
 
 
-def test_verifying_needs_stored_predictions(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verifying_needs_stored_predictions(tmp_path: Path, source: Path) -> None:
     with pytest.raises(ValueError, match="expected reference.json, found none; only what `rung publish` wrote"):
         verify(source)
-    same_process(monkeypatch)
-    publish(source, tmp_path / "out")
+    shutil.copytree(SAMPLE, tmp_path / "out")
     (tmp_path / "out" / "reference.json").write_text('{"predictions": []}')
     names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.name != "SHA256SUMS")
     sums = [f"{hashlib.sha256((tmp_path / 'out' / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
@@ -276,6 +390,7 @@ def test_elements_that_no_data_have_need_data_of_ones_own(make_potential: Callab
         ([], "expected CHECKPOINT and --out FOLDER, or --verify CHECKPOINT"),
         (["{source}"], "expected CHECKPOINT and --out FOLDER"),
         (["{source}", "--verify", "{source}"], "--verify only checks what is there: leave out CHECKPOINT"),
+        (["--verify", "{source}", "--licence", "MIT", "--name", "x", "--private"], "out --licence, --name, --private"),
         (["{source}", "--out", "{tmp}/out", "--revision", "next"], "add --to USER/REPOSITORY"),
         (["{source}", "--out", "{tmp}/out", "--to", "ladder"], "--to: expected user/repository, found 'ladder'"),
         (["{source}", "--out", "{tmp}", "--licence", "MIT"], "exists and is not a checkpoint"),
