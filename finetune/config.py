@@ -5,16 +5,17 @@ GFN2, PBE and wB97X, tested on 173 structures of 29 unseen molecules. Mean of th
 force MAE (meV/angstrom; no force was trained on), and how far the parent's own forces moved (RMS, meV/angstrom):
 
     parent + shift of E0                       67.6   372      0
-    ridge                                      56.6   336      0
-    embedding                                  54.9   322      0
-    embedding, lbfgs                           55.7   331      0
-    embedding, start=parent                    57.3   327      0
-    adapter                                    54.6   263    322
-    full                                       54.4   260    305
-    full, start=parent                         57.1   263    412
-    full, layer_decay 0.5                      53.9   259    305
-    full, l2_pull 1e-3 instead of 1e-5         54.9   287    223
-    full, with replay of wB97X                 54.0   267     56
+    ridge                                      57.4   319      0
+    embedding                                  55.2   316      0
+    embedding, lbfgs                           55.1   319      0
+    embedding, start=parent                    55.0   307      0
+    adapter                                    55.0   273    220
+    full                                       55.4   254    280
+    full, start=parent                         58.8   283    326
+    full, layer_decay 0.5                      55.1   253    282
+    full, l2_pull 1e-3 instead of 1e-5         55.4   276    197
+    full, with replay of wB97X                 54.8   259     57
+    full, split.folds=5                        53.2   254    294
 
 (`python benchmarks/finetune_strategies.py CHECKPOINT`; with 50 energies: ridge 60.1, embedding 59.1, full 59.5, and
 `lbfgs` 63.9, so it is no default for small sets either; benchmarks/results/finetune.jsonl.)

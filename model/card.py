@@ -178,7 +178,11 @@ def _errors(evaluation: Mapping[str, Any]) -> list[str]:
         "",
         "| set | energies | energy MAE (meV/atom) | force MAE (meV/angstrom) |",
         "|---|---|---|---|",
-        *(_evaluation_row(name, metrics) for name, metrics in evaluation.items() if isinstance(metrics, Mapping)),
+        *(
+            _evaluation_row(name, metrics)
+            for name, metrics in sorted(evaluation.items())
+            if isinstance(metrics, Mapping)
+        ),
         "",
     ]
 

@@ -123,7 +123,7 @@ class HeldOut:
     """Structures with labels at one fidelity that the checkpoint was not trained on."""
 
     path: str
-    title: str  # set/fidelity: the name in evaluation.json
+    title: str  # set/fidelity or set/test/fidelity: the name in evaluation.json
     fidelity: str
     digest: str  # SHA-256 of the file or of the dataset's manifest
     structures: list[Structure]
@@ -163,6 +163,8 @@ def _read(checkpoint: Checkpoint, words: str) -> list[HeldOut]:
             "it has no split 'test': give structures that are new to the checkpoint"
         )
     title = resolve_dataset(path).name if is_dataset(path) else Path(path).stem
+    if has_test:  # training leaves its own errors, on the split that it was watched with, as set/fidelity
+        title += "/test"
     levels = [level for level in known if any(level in structure.labels for structure in found)]
     if not levels:
         labels = ", ".join(sorted({level for structure in found for level in structure.labels})) or "none"

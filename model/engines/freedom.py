@@ -27,9 +27,12 @@ def whole_motions(atoms: Atoms) -> NDArray[np.float64]:
     if not atoms.pbc.any():
         centred = atoms.positions - atoms.get_center_of_mass()
         motions = np.concatenate([motions, _orthonormal([roots * np.cross(axis, centred) for axis in np.eye(3)])])
+    if not atoms.constraints:
+        return motions
     stopped = np.array([motion - _constrained(atoms, motion * roots.repeat(3)) for motion in motions])
     left, singular, _ = np.linalg.svd(stopped, full_matrices=False)
-    return left[:, singular < UNTOUCHED].T @ motions if atoms.constraints else motions
+    let_through: NDArray[np.float64] = left[:, singular < UNTOUCHED].T @ motions
+    return let_through
 
 
 def resting(atoms: Atoms) -> NDArray[np.float64]:
@@ -85,4 +88,5 @@ def _constrained(atoms: Atoms, momenta: NDArray[np.float64]) -> NDArray[np.float
     momenta = momenta.reshape(-1, 3).copy()
     for constraint in atoms.constraints:
         constraint.adjust_momenta(atoms, momenta)
-    return (momenta / np.sqrt(atoms.get_masses())[:, None]).ravel()
+    weighted: NDArray[np.float64] = momenta / np.sqrt(atoms.get_masses())[:, None]
+    return weighted.ravel()

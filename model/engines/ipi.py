@@ -13,10 +13,10 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ase import Atoms
-from ase.calculators.socketio import IPIProtocol, SocketClient, SocketServer, actualunixsocketname
+from ase.calculators.socketio import IPIProtocol, SocketClient, SocketClosed, SocketServer, actualunixsocketname
 from ase.parallel import world
 from numpy.typing import NDArray
 
@@ -29,7 +29,14 @@ MAX_PORT = 65535
 
 
 class ServerGone(OSError):
-    """The connection to the server ended without its EXIT."""
+    """The connection to the server ended before it asked for anything, or in the midst of an evaluation."""
+
+
+class Served(NamedTuple):
+    """How a connection ended: after how many evaluations, and whether the server said EXIT."""
+
+    evaluations: int
+    said_exit: bool
 
 
 class _Protocol(IPIProtocol):
@@ -38,9 +45,10 @@ class _Protocol(IPIProtocol):
     def __init__(self, connection: socket.socket, num_atoms: int) -> None:
         super().__init__(connection)  # type: ignore[no-untyped-call]
         self._num_atoms = num_atoms
-        self.said_exit = False
+        self.said_exit = self.closed_between = False
 
     def recvmsg(self) -> str:
+        self.closed_between = not self.socket.recv(1, socket.MSG_PEEK)  # between two messages
         message = str(super().recvmsg())  # type: ignore[no-untyped-call]
         self.said_exit = message == "EXIT"
         return message
@@ -91,7 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve forces until the server says EXIT; raises ServerGone when it ends otherwise."""
+    """Serve forces until the server says EXIT or, between two evaluations, closes the connection.
+
+    Raises ServerGone when it ends otherwise.
+    """
     _check_address(args)
     atoms = structure_of(args)
     calculator = atoms.calc = calculator_of(args)
@@ -101,16 +112,18 @@ def run(args: argparse.Namespace) -> int:
         print("not periodic in three directions: the virial sent is zero, so use no barostat", flush=True)
     connection = _connect(args)
     print(f"connected to {_address(args)}", flush=True)
-    count = serve(connection, atoms)
-    print(f"the server said EXIT after {count} evaluations", flush=True)
+    count, said_exit = serve(connection, atoms)
+    how = "said EXIT" if said_exit else "closed the connection, without saying EXIT (as ASE's servers do),"
+    print(f"the server {how} after {count} evaluations", flush=True)
     return 0
 
 
-def serve(connection: socket.socket, atoms: Atoms) -> int:
-    """Answer the server with forces of `atoms`, moved as it says, until it says EXIT; return how many times.
+def serve(connection: socket.socket, atoms: Atoms) -> Served:
+    """Answer the server with forces of `atoms`, moved as it says, until it says EXIT or is done without a word.
 
-    `atoms` has its calculator. Closes the connection. Raises ServerGone when it ends otherwise and ValueError when the
-    server has another number of atoms, sends numbers that are not finite or makes two atoms meet.
+    `atoms` has its calculator. Closes the connection. Raises ServerGone when it ends before or in the midst of an
+    evaluation and ValueError when the server has another number of atoms, sends numbers that are not finite or makes
+    two atoms meet.
     """
     protocol = _Protocol(connection, len(atoms))
     client = _Client(protocol)
@@ -118,11 +131,14 @@ def serve(connection: socket.socket, atoms: Atoms) -> int:
     try:
         for _ in client.irun(atoms, use_stress=bool(atoms.pbc.all())):  # type: ignore[no-untyped-call]
             count += 1
-    except ConnectionError as error:
-        raise ServerGone(f"the server closed the connection after {count} evaluations: {error}") from error
-    if not protocol.said_exit:
-        raise ServerGone(f"the server closed the connection after {count} evaluations, without saying EXIT")
-    return count
+    except (ConnectionError, SocketClosed) as error:
+        reason = str(error) or "in the midst of a message"
+        raise ServerGone(f"the server closed the connection after {count} evaluations: {reason}") from error
+    done = protocol.closed_between and client.state == "READY" and count > 0
+    if not (protocol.said_exit or done):
+        when = "before it fetched the last one's forces" if count else "before it asked for any"
+        raise ServerGone(f"the server closed the connection after {count} evaluations, {when}, without saying EXIT")
+    return Served(count, protocol.said_exit)
 
 
 def _check_address(args: argparse.Namespace) -> None:

@@ -14,18 +14,19 @@ from ase import Atoms, units
 from ase.md.bussi import Bussi
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
-from ase.md.nose_hoover_chain import IsotropicMTKNPT
-from ase.md.velocitydistribution import Stationary, ZeroRotation
+from ase.md.nose_hoover_chain import IsotropicMTKBarostat, IsotropicMTKNPT, NoseHooverChainThermostat
 from ase.md.verlet import VelocityVerlet
 
+from rung.model.engines.freedom import Freedom, resting
 from rung.model.engines.progress import INTERRUPTED, Progress, stopping
+from rung.model.engines.restart import FIDELITY, STEP, TIME, WEIGHTS, continue_from, digest_of, frame_to_continue
 from rung.model.engines.start import add_structure_arguments, calculator_of, check_free, describe, structure_of
-from rung.model.engines.trajectory import TrajectoryWriter, check_trajectory, last_frame
+from rung.model.engines.trajectory import TrajectoryWriter, check_trajectory
 
 BAR = 1e5 * units.Pascal  # eV/angstrom^3
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("langevin", "bussi")
-STEP, TIME, FIDELITY = "step", "time_fs", "fidelity"  # what a frame says of itself
+MOVING = 1e-6  # of the kinetic energy: more than rounding
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,23 @@ class Dynamics:
     barostat_tau: float = 1000.0  # fs, of npt
     seed: int = 0
 
+    @property
+    def moves_whole(self) -> bool:
+        """Whether the motion of the structure as a whole has its share of the kinetic energy: Langevin's noise does it.
+
+        All else keeps it as it is, or scales it with the rest.
+        """
+        return self.ensemble == "nvt" and self.thermostat == "langevin"
+
+    def freedom(self, atoms: Atoms) -> Freedom:
+        """Return the degrees of freedom that the temperature is of."""
+        return Freedom.of(atoms, whole=self.moves_whole)
+
     def of(self, atoms: Atoms, start: int = 0) -> MolecularDynamics:
         """Return ASE's integrator at step `start`, whose random numbers are the seed's and that step's.
 
-        NPT is Martyna, Tobias and Klein's, of the volume alone. Raises ValueError for what the integrator cannot do.
+        Bussi's thermostat and NPT expect a structure that rests as a whole. NPT is Martyna, Tobias and Klein's, of the
+        volume alone. Raises ValueError for what the integrator cannot do.
         """
         step = self.timestep * units.fs
         random = np.random.default_rng([self.seed, start])
@@ -56,6 +70,8 @@ class Dynamics:
             dynamics = self._npt(atoms, step)
         elif self.thermostat == "bussi":
             dynamics = Bussi(atoms, step, temperature_K=self.temperature, taut=self.tau * units.fs, rng=random)
+            dynamics.ndof = self.freedom(atoms).count
+            dynamics.target_kinetic_energy = dynamics.ndof * units.kB * self.temperature / 2
         else:
             friction = self.friction / (1000 * units.fs)
             dynamics = Langevin(atoms, step, temperature_K=self.temperature, friction=friction, fixcm=False, rng=random)
@@ -67,28 +83,30 @@ class Dynamics:
             raise ValueError(f"npt: expected a structure periodic in three directions, found pbc {atoms.pbc.tolist()}")
         if atoms.constraints:
             raise ValueError("npt: expected a structure without constraints, found some; take nvt, or remove them")
-        return IsotropicMTKNPT(
-            atoms,
-            step,
-            temperature_K=self.temperature,
-            pressure_au=self.pressure * BAR,
-            tdamp=self.tau * units.fs,
-            pdamp=self.barostat_tau * units.fs,
+        temperature, tdamp, pdamp = self.temperature, self.tau * units.fs, self.barostat_tau * units.fs
+        pressure = self.pressure * BAR
+        dynamics = IsotropicMTKNPT(
+            atoms, step, temperature_K=temperature, pressure_au=pressure, tdamp=tdamp, pdamp=pdamp
         )
+        # ASE takes 3 n degrees of freedom; at rest as a whole, n atoms have those of n - 1.
+        num = dynamics._num_atoms_global = self.freedom(atoms).count // 3
+        dynamics._thermostat = NoseHooverChainThermostat(num, dynamics.masses, temperature, tdamp)
+        dynamics._barostat = IsotropicMTKBarostat(num, temperature, pdamp)
+        return dynamics
 
 
-def draw_velocities(atoms: Atoms, temperature: float, seed: int) -> None:
+def draw_velocities(atoms: Atoms, temperature: float, seed: int, *, whole: bool = False) -> None:
     """Give the atoms Maxwell-Boltzmann velocities at a temperature in K, scaled to it exactly.
 
-    The centre of mass rests, and a molecule does not rotate as a whole.
+    Unless `whole`, the centre of mass rests and a molecule does not rotate as a whole, and the temperature is that of
+    the other degrees of freedom (see rung.model.engines.freedom).
     """
     width = np.sqrt(temperature * units.kB * atoms.get_masses())[:, None]
     atoms.set_momenta(width * np.random.default_rng(seed).standard_normal((len(atoms), 3)))
-    if len(atoms) > 1:
-        Stationary(atoms, preserve_temperature=False)
-        if not atoms.pbc.any() and len(atoms) > 2:
-            ZeroRotation(atoms, preserve_temperature=False)
-    if (found := atoms.get_temperature()) > 0:
+    freedom = Freedom.of(atoms, whole=whole)
+    if freedom.whole:
+        atoms.set_momenta(resting(atoms))
+    if (found := freedom.temperature(atoms)) > 0:
         atoms.set_momenta(atoms.get_momenta() * math.sqrt(temperature / found))
 
 
@@ -102,11 +120,17 @@ class Outcome:
 
 
 def simulate(
-    dynamics: MolecularDynamics, steps: int, trajectory: TrajectoryWriter, *, interval: int, progress: Progress
+    dynamics: MolecularDynamics,
+    steps: int,
+    trajectory: TrajectoryWriter,
+    *,
+    interval: int,
+    freedom: Freedom,
+    progress: Progress,
 ) -> Outcome:
     """Integrate until step `steps`, writing the first frame (of a new run), every `interval`-th and the last.
 
-    SIGINT and SIGTERM end it after a whole step.
+    `freedom` is what the temperatures shown are of. SIGINT and SIGTERM end it after a whole step.
     """
     atoms, start = dynamics.atoms, dynamics.nsteps
     fidelity = atoms.calc.fidelity
@@ -118,7 +142,7 @@ def simulate(
         rate = (step - start) * dynamics.dt / units.fs * 1e-6 / (time.perf_counter() - clock) * 86400
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
         return (
-            f"{femtoseconds / 1000:.4f} ps, {atoms.get_temperature():.0f} K, potential {potential:.4f} eV, "
+            f"{femtoseconds / 1000:.4f} ps, {freedom.temperature(atoms):.0f} K, potential {potential:.4f} eV, "
             f"total {potential + kinetic:.4f} eV, {rate:.3g} ns/day"
         )
 
@@ -162,24 +186,31 @@ def run(args: argparse.Namespace) -> int:
     check_trajectory(out)
     atoms = structure_of(args)
     if args.restart:
-        start = _continue(atoms, out, settings)
+        frame = frame_to_continue(atoms, out, settings.timestep)
+        start = int(frame.info[STEP])
     else:
         check_free(out, overwrite=args.overwrite)
-        start = 0
+        frame, start = None, 0
     atoms.calc = calculator_of(args)
-    _check_fidelity(atoms, out, start)
+    atoms.info |= {FIDELITY: atoms.calc.fidelity, WEIGHTS: digest_of(atoms.calc.potential)}
+    if frame is not None:
+        continue_from(frame, atoms, out)
     if start >= args.steps:
         print(f"{out} is at step {start} already; raise --steps to go on")
         return 0
     print(describe(atoms, atoms.calc))
     if start == 0:
         print(_begin(atoms, settings, new=args.new_velocities))
+    _rest(atoms, settings)
+    freedom = settings.freedom(atoms)
+    print(f"temperatures: of {freedom}")
     atoms.get_forces()  # what the potential does not know is named before a file is touched
     dynamics = settings.of(atoms, start)
     progress = Progress(args.steps, start)
     with TrajectoryWriter(out, append=start > 0) as trajectory:
         try:
-            outcome = simulate(dynamics, args.steps, trajectory, interval=args.interval, progress=progress)
+            options = {"interval": args.interval, "freedom": freedom, "progress": progress}
+            outcome = simulate(dynamics, args.steps, trajectory, **options)
         except ValueError as error:  # the calculator's
             kept = f"{out} has the {trajectory.num_frames} frames before it; try a smaller --timestep"
             raise ValueError(f"after step {dynamics.nsteps}: {error}; {kept}") from error
@@ -197,6 +228,9 @@ def _settings(args: argparse.Namespace) -> Dynamics:
     for name in ("steps", "interval"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: expected a whole number >= 1, found {getattr(args, name)}")
+    for name in ("new_velocities", "overwrite"):
+        if args.restart and getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: --restart keeps what is there; leave out one of the two")
     if args.seed < 0:
         raise ValueError(f"--seed: expected a whole number >= 0, found {args.seed}")
     if args.pressure is not None and not math.isfinite(args.pressure):
@@ -216,40 +250,24 @@ def _settings(args: argparse.Namespace) -> Dynamics:
     return replace(own, **chosen)
 
 
-def _continue(atoms: Atoms, path: Path, settings: Dynamics) -> int:
-    """Put the atoms where the last frame of a trajectory has them, and return its step."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no trajectory to continue; leave out --restart to begin one")
-    frame = last_frame(path)
-    if not np.array_equal(frame.numbers, atoms.numbers):
-        raise ValueError(f"{path}: expected the atoms of the structure, {atoms.symbols}, found {frame.symbols}")
-    step, elapsed = frame.info.get(STEP), frame.info.get(TIME)
-    if not (frame.has("momenta") and isinstance(step, (int, np.integer)) and elapsed is not None):
-        raise ValueError(f"{path}: its last frame has no momenta or no step; only trajectories of `rung md` go on")
-    if not math.isclose(elapsed, step * settings.timestep, rel_tol=1e-6):
-        raise ValueError(
-            f"{path}: {step} steps are {elapsed} fs there, but {step * settings.timestep} fs with --timestep "
-            f"{settings.timestep}; continue with the same time step"
-        )
-    atoms.set_cell(frame.cell)
-    atoms.set_positions(frame.positions, apply_constraint=False)
-    atoms.set_momenta(frame.get_momenta(), apply_constraint=False)
-    atoms.info |= {FIDELITY: frame.info.get(FIDELITY)}
-    return int(step)
-
-
-def _check_fidelity(atoms: Atoms, path: Path, start: int) -> None:
-    before = atoms.info.get(FIDELITY)
-    if start and before != atoms.calc.fidelity:
-        raise ValueError(f"{path}: was computed at {before}; continue at that fidelity, not at {atoms.calc.fidelity}")
-
-
 def _begin(atoms: Atoms, settings: Dynamics, *, new: bool) -> str:
     """Give the atoms velocities unless they have some, and return a line that says which."""
     if atoms.has("momenta") and np.any(atoms.get_momenta()) and not new:
-        return f"velocities: the file's, {atoms.get_temperature():.0f} K; --new-velocities draws others"
-    draw_velocities(atoms, settings.temperature, settings.seed)
+        temperature = settings.freedom(atoms).temperature(atoms)
+        return f"velocities: the file's, {temperature:.0f} K; --new-velocities draws others"
+    draw_velocities(atoms, settings.temperature, settings.seed, whole=settings.moves_whole)
     return f"velocities: drawn at {settings.temperature:g} K with seed {settings.seed}"
+
+
+def _rest(atoms: Atoms, settings: Dynamics) -> None:
+    """Take away the motion as a whole that an integrator would scale with the rest instead of leaving it alone."""
+    if settings.ensemble == "nve" or not settings.freedom(atoms).whole:
+        return
+    before, momenta = atoms.get_kinetic_energy(), resting(atoms)
+    whole = before - float((momenta**2 / (2 * atoms.get_masses()[:, None])).sum())
+    if whole > MOVING * before:
+        atoms.set_momenta(momenta)
+        print(f"velocities: the structure moved as a whole ({whole:.3g} eV); in {settings.ensemble} it is put at rest")
 
 
 def _report(outcome: Outcome, settings: Dynamics, num_atoms: int, trajectory: TrajectoryWriter) -> int:

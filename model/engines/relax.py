@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,11 @@ from rung.model.engines.start import (
     describe,
     structure_of,
 )
-from rung.model.engines.trajectory import TrajectoryWriter, check_trajectory
+from rung.model.engines.trajectory import TrajectoryWriter, check_trajectory, note_uncertainty
 
 OPTIMIZERS = {"lbfgs": LBFGS, "fire": FIRE, "bfgs": BFGS}
 BAR = 1e5 * units.Pascal  # eV/angstrom^3
+SMAX = 100.0  # bar; CP2K's PRESSURE_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,19 @@ class Relaxation:
     interrupted: bool
     steps: int
     energy: float  # eV
-    largest_force: float  # eV/angstrom, with a cell that relaxes its generalised forces included
+    largest_force: float  # eV/angstrom
+    largest_stress: float | None  # bar, of a cell that relaxes: the largest component less the pressure asked for
+
+    def __str__(self) -> str:
+        stress = "" if self.largest_stress is None else f", stress off by {self.largest_stress:.3g} bar"
+        return f"{self.energy:.6f} eV, largest force {self.largest_force:.4f} eV/angstrom{stress}"
 
 
 def relax(
     atoms: Atoms,
     *,
     fmax: float = 0.01,
+    smax: float = SMAX,
     steps: int = 1000,
     optimizer: str = "lbfgs",
     cell: bool = False,
@@ -53,28 +62,44 @@ def relax(
 ) -> Relaxation:
     """Relax the atoms in place until no force is larger than `fmax` in eV/angstrom.
 
-    `pressure` in bar is what the cell relaxes against. SIGINT and SIGTERM end it after a whole step.
+    `pressure` in bar is what a cell relaxes against, until no component of its stress is off by more than `smax` in
+    bar. SIGINT and SIGTERM end it after a whole step; whatever else ends it, the atoms are left where their forces were
+    last calculated.
     """
     target = FrechetCellFilter(atoms, scalar_pressure=pressure * BAR) if cell else atoms
     dynamics = OPTIMIZERS[optimizer](target, logfile=None)
-    converged = interrupted = False
-    largest = math.inf
+    state = Relaxation(False, False, 0, math.nan, math.inf, math.inf if cell else None)
+    positions, lattice = atoms.positions.copy(), atoms.cell.array.copy()
+    try:
+        with stopping() as stop_came, warnings.catch_warnings():
+            # SciPy says so of errors of 10^-13 in the strain, whose use is to choose the next step.
+            warnings.filterwarnings("ignore", message="logm result may be inaccurate", category=RuntimeWarning)
+            for _ in dynamics.irun(fmax=0.0, steps=steps):  # ASE divides the stress by the number of atoms
+                state = _state(atoms, dynamics.nsteps, fmax, smax, pressure if cell else None)
+                positions, lattice = atoms.positions.copy(), atoms.cell.array.copy()
+                if trajectory is not None:
+                    trajectory.write(atoms)
+                if progress is not None:
+                    progress.show(dynamics.nsteps, state.__str__)
+                if state.converged:
+                    break
+                if stop_came():
+                    state = replace(state, interrupted=True)
+                    break
+    except BaseException:
+        atoms.set_cell(lattice, apply_constraint=False)
+        atoms.set_positions(positions, apply_constraint=False)
+        raise
+    return state
 
-    def text() -> str:
-        return f"{atoms.get_potential_energy():.6f} eV, largest force {largest:.4f} eV/angstrom"
 
-    with stopping() as stop_came:
-        for converged in dynamics.irun(fmax=fmax, steps=steps):
-            largest = float(np.linalg.norm(target.get_forces(), axis=1).max())
-            if trajectory is not None:
-                trajectory.write(atoms)
-            if progress is not None:
-                progress.show(dynamics.nsteps, text)
-            if not converged and stop_came():
-                interrupted = True
-                break
-    energy = float(atoms.get_potential_energy())
-    return Relaxation(bool(converged), interrupted, dynamics.nsteps, energy, largest)
+def _state(atoms: Atoms, steps: int, fmax: float, smax: float, pressure: float | None) -> Relaxation:
+    force = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+    stress, converged = None, force < fmax
+    if pressure is not None:
+        stress = float(np.abs(atoms.get_stress(voigt=False) / BAR + pressure * np.eye(3)).max())
+        converged = converged and stress < smax
+    return Relaxation(converged, False, steps, float(atoms.get_potential_energy()), force, stress)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="lbfgs", help="default: %(default)s")
     parser.add_argument("--cell", action="store_true", help="relax the cell, too")
     parser.add_argument("--pressure", type=float, help="of a cell that relaxes, bar; default: 0")
+    parser.add_argument("--smax", type=float, help=f"largest error of such a cell's stress, bar; default: {SMAX:g}")
     parser.add_argument("--out", type=Path, help="the relaxed structure; default: STRUCTURE-relaxed.extxyz, here")
     parser.add_argument("--trajectory", type=Path, help="file for all steps: .extxyz, .xyz or .traj")
 
@@ -99,16 +125,21 @@ def run(args: argparse.Namespace) -> int:
     atoms.get_forces()  # what the potential does not know is named before a file is touched
     progress = Progress(None, every=1)
     options = {"fmax": args.fmax, "steps": args.steps, "optimizer": args.optimizer, "cell": args.cell}
+    options |= {"smax": args.smax or SMAX, "pressure": args.pressure or 0.0}
     try:
-        if args.trajectory is None:
-            result = relax(atoms, **options, pressure=args.pressure or 0.0, progress=progress)
-        else:
-            with TrajectoryWriter(args.trajectory) as trajectory:
-                result = relax(
-                    atoms, **options, pressure=args.pressure or 0.0, progress=progress, trajectory=trajectory
-                )
+        with ExitStack() as stack:
+            trajectory = stack.enter_context(TrajectoryWriter(args.trajectory)) if args.trajectory else None
+            result = relax(atoms, **options, progress=progress, trajectory=trajectory)
+    except BaseException as error:  # a second Ctrl-C, too
+        write(out, atoms)
+        where = f"{out} has the structure so far"
+        if isinstance(error, ValueError):  # the calculator's
+            raise ValueError(f"{error}; {where}") from error
+        print(f"rung relax: {where}", file=sys.stderr)
+        raise
     finally:
         progress.close()
+    note_uncertainty(atoms)
     write(out, atoms)
     return _report(args, result, out)
 
@@ -118,8 +149,11 @@ def _check(args: argparse.Namespace, atoms: Atoms, out: Path) -> None:
         raise ValueError(f"--fmax: expected a positive number of eV/angstrom, found {args.fmax}")
     if args.steps < 1:
         raise ValueError(f"--steps: expected a whole number >= 1, found {args.steps}")
-    if args.pressure is not None and not args.cell:
-        raise ValueError("--pressure: has no effect on a cell that stays; add --cell")
+    for name in ("pressure", "smax"):
+        if getattr(args, name) is not None and not args.cell:
+            raise ValueError(f"--{name}: has no effect on a cell that stays; add --cell")
+    if args.smax is not None and not (math.isfinite(args.smax) and args.smax > 0):
+        raise ValueError(f"--smax: expected a positive number of bar, found {args.smax}")
     if args.pressure is not None and not math.isfinite(args.pressure):
         raise ValueError(f"--pressure: expected a number of bar, found {args.pressure}")
     if args.cell and not atoms.pbc.all():
@@ -134,14 +168,14 @@ def _check(args: argparse.Namespace, atoms: Atoms, out: Path) -> None:
 
 
 def _report(args: argparse.Namespace, result: Relaxation, out: Path) -> int:
-    where = f"{result.energy:.6f} eV, largest force {result.largest_force:.4f} eV/angstrom"
     if result.converged:
-        print(f"converged after {result.steps} steps: {where}; {out}")
+        print(f"converged after {result.steps} steps: {result}; {out}")
         return 0
     how = "interrupted" if result.interrupted else "not converged"
+    asked = f"{args.fmax} eV/angstrom" + (f" and {args.smax or SMAX:g} bar" if args.cell else "")
     print(
-        f"rung relax: {how} after {result.steps} steps: {where}, asked for {args.fmax}; {out} has the structure so "
-        "far: go on from it, or allow more --steps",
+        f"rung relax: {how} after {result.steps} steps: {result}, asked for {asked}; {out} has the structure so far: "
+        "go on from it, or allow more --steps",
         file=sys.stderr,
     )
     return INTERRUPTED if result.interrupted else 1

@@ -31,10 +31,19 @@ def last_frame(path: Path) -> Atoms:
     return atoms
 
 
+def note_uncertainty(atoms: Atoms) -> None:
+    """Copy `energy_std` (eV), which ASE's writers leave out, from the calculator's results to the info of its atoms."""
+    results = getattr(atoms.calc, "results", {})
+    atoms.info.pop("energy_std", None)
+    if "energy_std" in results and not atoms.calc.check_state(atoms):
+        atoms.info["energy_std"] = results["energy_std"]
+
+
 class TrajectoryWriter:
     """Writes frames to a file, each with what its calculator has calculated; a frame is whole or not there.
 
-    Whoever stops the program loses no frame that was written.
+    The energy's standard deviation is in a frame's info, where the calculator gives it. Whoever stops the program loses
+    no frame that was written.
     """
 
     def __init__(self, path: Path, *, append: bool = False) -> None:
@@ -49,6 +58,7 @@ class TrajectoryWriter:
 
     def write(self, atoms: Atoms) -> None:
         """Write a frame."""
+        note_uncertainty(atoms)
         if self._binary is not None:
             self._binary.write(atoms)
         else:

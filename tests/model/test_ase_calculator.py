@@ -203,7 +203,8 @@ def test_a_batch_gives_what_each_structure_gives_alone(
 
 def test_what_is_kept_is_not_the_callers(checkpoint: Checkpoint) -> None:
     """ASE writes `pbc` in place: candidates of the crystal must not pass for those of the slab."""
-    box = bulk("C", "diamond", a=3.6, cubic=True).repeat(2)
+    box = bulk("C", "diamond", a=3.6, cubic=True).repeat((3, 3, 2))
+    assert len(box) > TOGETHER_ATOMS
     kept, anew = (RungCalculator(checkpoint, "low", dtype="float64", skin=skin) for skin in (0.5, 0.0))
     for _ in range(2):
         box.rattle(0.001, seed=1)

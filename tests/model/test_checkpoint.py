@@ -22,6 +22,7 @@ from rung.data.fidelity import Fidelity
 from rung.data.structure import Structure
 from rung.model import checkpoint as checkpoint_module
 from rung.model import load
+from rung.model.card import model_card
 from rung.model.checkpoint import FORMAT_VERSION, Stored, load_checkpoint, pack_checkpoint, save_checkpoint
 from rung.model.checkpoint_files import replace_folder
 from rung.model.potential import Potential
@@ -99,6 +100,7 @@ def test_what_people_read(tmp_path: Path, potential: Potential) -> None:
     card = (folder / "README.md").read_text()
     for words in ("H, C, O", "GFN2-xTB", "licence: CC0-1.0", "| builtin/low | 3 | 1.5 | - |"):
         assert words in card
+    assert model_card(info, {"b": {}, "a": {}}) == model_card(info, {"a": {}, "b": {}})  # as after a round trip
     assert (save(tmp_path / "other", potential, card="# Mine\n") / "README.md").read_text() == "# Mine\n"
 
 

@@ -279,12 +279,14 @@ def test_of_a_dataset_the_test_split_is_taken(tmp_path: Path, monkeypatch: pytes
     for fidelity in potential.config.fidelities:
         potential.set_reference(fidelity, {1: -16.0, 6: -1033.0, 7: -1485.0, 8: -2041.0})
     described = {name: Fidelity(name, "MP2") for name in potential.config.fidelities}
-    folder = save(tmp_path / "trained", potential, fidelities=described)
+    watched = {"builtin/mp2_ccpvdz": {"num_energies": 7}}  # of the validation split, as pretraining writes it
+    folder = save(tmp_path / "trained", potential, fidelities=described, evaluation=watched)
     publish(folder, tmp_path / "out", data=["builtin"])
     evaluation = load_checkpoint(tmp_path / "out").evaluation
     labelled = len(read_any("builtin", "mp2_ccpvdz", "test"))
-    assert evaluation["builtin/mp2_ccpvdz"]["num_energies"] == labelled
-    assert "builtin/other" not in evaluation
+    assert evaluation["builtin/test/mp2_ccpvdz"]["num_energies"] == labelled
+    assert evaluation.keys() == {"builtin/test/mp2_ccpvdz", *watched}
+    assert evaluation["builtin/mp2_ccpvdz"] == {"num_energies": 7}
 
 
 def test_no_secret_is_published_and_a_licence_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def at_rest(checkpoint: Checkpoint, name: str) -> Atoms:
 
 def total_energies(atoms: Atoms, timestep: float, femtoseconds: float, every: float) -> NDArray[np.float64]:
     """Return the total energies in meV/atom, one every so many fs."""
-    draw_velocities(atoms, TEMPERATURE, seed=0)
+    draw_velocities(atoms, TEMPERATURE, seed=0, whole=True)
     dynamics = Dynamics("nve", timestep=timestep).of(atoms)
     steps, stride = round(femtoseconds / timestep), round(every / timestep)
     found = [atoms.get_total_energy() for _ in dynamics.irun(steps=steps) if dynamics.nsteps % stride == 0]

@@ -126,15 +126,30 @@ def test_positions_that_are_not_finite_are_an_error(
             client.result(timeout=60)
 
 
-def test_a_server_that_goes_without_a_word_is_an_error(
+def test_a_server_that_closes_between_evaluations_is_done(
+    checkpoint: Path, tmp_path: Path, socket_name: str, water: Atoms, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ASE's servers say no EXIT."""
+    args = arguments(checkpoint, written(water, tmp_path), "--unix", socket_name)
+    with ThreadPoolExecutor(1) as pool:
+        with SocketIOCalculator(unixsocket=socket_name, timeout=60) as server:
+            client = pool.submit(ipi.run, args)
+            water.calc = server
+            water.get_forces()
+        assert client.result(timeout=60) == 0
+    assert "closed the connection, without saying EXIT (as ASE's servers do), after 1 eval" in capsys.readouterr().out
+
+
+def test_a_server_that_goes_in_the_midst_of_an_evaluation_is_an_error(
     checkpoint: Path, tmp_path: Path, socket_name: str, water: Atoms
 ) -> None:
     args = arguments(checkpoint, written(water, tmp_path), "--unix", socket_name)
     with ThreadPoolExecutor(1) as pool, SocketServer(unixsocket=socket_name, timeout=60) as server:
         client = pool.submit(ipi.run, args)
         server.calculate(water)
+        server.protocol.sendposdata(water.cell.array, water.cell.array, water.positions)
         server.clientsocket.close()
-        with pytest.raises(ipi.ServerGone, match="after 1 evaluations, without saying EXIT"):
+        with pytest.raises(ipi.ServerGone, match="after 2 evaluations, before it fetched the last one's forces"):
             client.result(timeout=60)
 
 

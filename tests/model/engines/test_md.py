@@ -87,6 +87,47 @@ def test_what_is_continued_ends_where_one_run_would(checkpoint: Path, methane: P
     np.testing.assert_array_equal(found[-1].get_forces(), expected[-1].get_forces())
 
 
+def test_another_state_or_checkpoint_is_not_continued(
+    checkpoint: Path, methane: Path, tmp_path: Path, make_potential: Callable[..., Potential]
+) -> None:
+    other = make_potential()
+    other.set_scale(5.1)
+    place = {"fidelities": FIDELITIES, "training_config": {}, "datasets": [], "evaluation": {}}
+    save_checkpoint(tmp_path / "other", other, **place)
+    atoms = molecule("CH4")
+    atoms.set_cell([9, 9, 9])
+    atoms.pbc = True
+    write(tmp_path / "box.traj", atoms)
+    options = ["--fidelity", "low", "--ensemble", "nve", "--steps", 2, "--out", tmp_path / "out.extxyz"]
+    assert run(checkpoint, methane, *options) == 0
+    again = [*options[:-4], "--steps", 3, *options[-2:], "--restart"]
+    cases: list[tuple[list[object], str]] = [
+        ([tmp_path / "other", methane], "a checkpoint whose weights are sha256:[0-9a-f]{16}, not sha256:"),
+        ([checkpoint, methane, "--charge", 1], "charge 0, not 1"),
+        ([checkpoint, methane, "--multiplicity", 2], "multiplicity 1, not 2"),
+        ([checkpoint, tmp_path / "box.traj"], r"pbc \[False, False, False\], not \[True, True, True\]"),
+    ]
+    for words, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run(*words, *again)
+    assert run(checkpoint, methane, *again, "--dtype", "float64") == 0
+
+
+def test_bussi_puts_a_moving_structure_at_rest_and_the_log_says_what_its_temperature_is_of(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    atoms = molecule("CH4")
+    draw_velocities(atoms, 300.0, seed=0, whole=True)
+    write(tmp_path / "moving.traj", atoms)
+    out = tmp_path / "out.traj"
+    options = ["--fidelity", "low", "--steps", 1, "--ensemble", "nvt", "--thermostat", "bussi", "--out", out]
+    assert run(checkpoint, tmp_path / "moving.traj", *options) == 0
+    np.testing.assert_allclose(read(out, 0).get_momenta().sum(0), 0, atol=1e-12)
+    log = capsys.readouterr().out
+    assert "in nvt it is put at rest" in log
+    assert "temperatures: of 9 degrees of freedom, 6 less than ASE's get_temperature()" in log
+
+
 def test_ctrl_c_keeps_what_was_written_and_the_same_command_goes_on(
     checkpoint: Path, methane: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +206,7 @@ def test_velocities_are_drawn_or_taken_from_the_file(
 ) -> None:
     atoms = molecule("CH3CH2OH")
     draw_velocities(atoms, 250.0, seed=5)
-    assert atoms.get_temperature() == pytest.approx(250.0)
+    assert atoms.get_temperature() == pytest.approx(250.0 * 21 / 27)  # ASE counts translations and rotations
     np.testing.assert_allclose(atoms.get_momenta().sum(0), 0, atol=1e-12)
     np.testing.assert_allclose(atoms.get_angular_momentum(), 0, atol=1e-10)
     write(tmp_path / "moving.traj", atoms)
@@ -174,7 +215,7 @@ def test_velocities_are_drawn_or_taken_from_the_file(
     np.testing.assert_array_equal(read(tmp_path / "out.traj", 0).get_momenta(), atoms.get_momenta())
     assert "velocities: the file's, 250 K" in capsys.readouterr().out
     run(checkpoint, tmp_path / "moving.traj", *options, "--new-velocities")
-    assert read(tmp_path / "out.traj", 0).get_temperature() == pytest.approx(300.0)
+    assert read(tmp_path / "out.traj", 0).get_temperature() == pytest.approx(300.0 * 21 / 27)
     lone = Atoms("H")
     draw_velocities(lone, 300.0, seed=0)
     assert lone.get_temperature() == pytest.approx(300.0)
@@ -204,12 +245,14 @@ BAD: dict[str, tuple[list[str], type[Exception], str]] = {
     "npt": (["--ensemble", "npt"], ValueError, "npt: expected a structure periodic in three directions"),
     "suffix": (["--out", "out.cif"], ValueError, "out.cif: a trajectory is an .extxyz, .xyz or .traj file"),
     "exists": (["--out", "methane.xyz"], FileExistsError, "methane.xyz exists: choose another file, or --overwrite"),
+    "new": (["--restart", "--new-velocities"], ValueError, "--new-velocities: --restart keeps what is there"),
+    "replace": (["--restart", "--overwrite"], ValueError, "--overwrite: --restart keeps what is there"),
     "nothing": (["--restart"], FileNotFoundError, "methane-md.extxyz: no trajectory to continue"),
     "other": (["--restart", "--out", "other.traj"], ValueError, "expected the atoms of the structure, CH4, found H2"),
     "no momenta": (["--restart", "--out", "methane.xyz"], ValueError, "its last frame has no momenta or no step"),
     "torn": (["--restart", "--out", "torn.extxyz"], ValueError, "torn.extxyz: ASE cannot read its last frame"),
     "time": (["--restart", "--out", "run.traj", "--timestep", "1"], ValueError, "continue with the same time step"),
-    "level": (["--restart", "--out", "run.traj", "--fidelity", "high"], ValueError, "continue at that fidelity"),
+    "level": (["--restart", "--out", "run.traj", "--fidelity", "high"], ValueError, "fidelity low, not high"),
 }
 
 

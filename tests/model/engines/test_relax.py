@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.io import read, write
 
 from rung.data.fidelity import Fidelity
 from rung.model.ase_calculator import RungCalculator
-from rung.model.checkpoint import save_checkpoint
+from rung.model.checkpoint import Checkpoint, save_checkpoint
 from rung.model.engines import relax
 from rung.model.engines.trajectory import TrajectoryWriter
 from rung.model.potential import Potential
+from rung.model.uncertainty import LastLayer
 
 FIDELITIES = {"low": Fidelity("low", "GFN2-xTB"), "high": Fidelity("high", "MP2")}
 BAR = 1 / 1.602176634e6  # eV/angstrom^3: 1e5 Pa by CODATA 2018's elementary charge
@@ -90,6 +92,55 @@ def test_what_does_not_converge_says_so_and_keeps_what_it_has(
     assert len(read(out)) == 2
 
 
+def test_the_stress_has_a_criterion_of_its_own(
+    checkpoint: Path, crystal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ASE's generalised force on the lattice, stress times the volume of an atom, is below 0.05 at 10^4 bar."""
+    out = tmp_path / "out.traj"
+    options = [checkpoint, crystal, "--fidelity", "low", "--cell", "--pressure", 500, "--out", out]
+    assert run(*options, "--fmax", 0.05, "--smax", 50) == 0
+    atoms = read(out)
+    error = np.abs(atoms.get_stress() / BAR + [500, 500, 500, 0, 0, 0]).max()
+    assert error < 50
+    assert f"stress off by {error:.3g} bar" in capsys.readouterr().out
+    assert run(*options, "--fmax", 0.05, "--steps", 1, "--smax", 1e-3, "--overwrite") == 1
+    assert "asked for 0.05 eV/angstrom and 0.001 bar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_what_breaks_off_keeps_the_last_structure_that_was_calculated(
+    checkpoint: Path, crystal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    calculate, calls = RungCalculator.calculate, []
+
+    def fail(self: RungCalculator, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise kind("broken off")
+        calculate(self, *args)
+
+    monkeypatch.setattr(RungCalculator, "calculate", fail)
+    out, path = tmp_path / "out.extxyz", tmp_path / "path.extxyz"
+    with pytest.raises(kind, match="broken off"):
+        run(checkpoint, crystal, "--fidelity", "low", "--cell", "--out", out, "--trajectory", path)
+    frames = read(path, ":")
+    assert len(frames) == 4
+    np.testing.assert_array_equal(read(out).positions, frames[-1].positions)
+    np.testing.assert_array_equal(read(out).cell.array, frames[-1].cell.array)
+
+
+def test_a_frame_has_the_uncertainty_where_the_calculator_gives_it(
+    make_potential: Callable[..., Potential], tmp_path: Path
+) -> None:
+    potential = make_potential()
+    known = {"low": LastLayer(torch.eye(potential.config.num_layers * 4 + 3).double(), noise=0.01)}
+    atoms = molecule("CH4")
+    atoms.calc = RungCalculator(Checkpoint(potential, {}, {}, None, known), "low", uncertainty=True)
+    with TrajectoryWriter(tmp_path / "path.extxyz") as trajectory:
+        relax.relax(atoms, steps=1, trajectory=trajectory)
+    assert read(tmp_path / "path.extxyz").info["energy_std"] == pytest.approx(atoms.calc.results["energy_std"])
+
+
 def test_ctrl_c_ends_it_after_a_whole_step(
     checkpoint: Path, crystal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +207,8 @@ BAD = {
     "steps": (["methane.xyz", "--steps", "0"], ValueError, "--steps: expected a whole number >= 1, found 0"),
     "cell": (["methane.xyz", "--cell"], ValueError, "--cell: expected a structure periodic in three directions"),
     "pressure": (["methane.xyz", "--pressure", "1"], ValueError, "--pressure: has no effect on a cell that stays"),
+    "stress": (["methane.xyz", "--smax", "1"], ValueError, "--smax: has no effect on a cell that stays"),
+    "no stress": (["methane.xyz", "--cell", "--smax", "0"], ValueError, "--smax: expected a positive number of bar"),
     "format": (["methane.xyz", "--out", "o.nothing"], ValueError, "o.nothing: ASE writes no format with that name"),
     "folder": (["methane.xyz", "--out", "no/o.xyz"], FileNotFoundError, "the folder no does not exist"),
     "exists": (["methane.xyz", "--out", "gold.xyz"], FileExistsError, "gold.xyz exists: choose another file"),
