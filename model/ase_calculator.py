@@ -25,7 +25,7 @@ from rung.model.checkpoint import Checkpoint, load_checkpoint
 from rung.model.direct import Composition, DirectPotential, operations_of
 from rung.model.neighbours import Neighbours
 from rung.model.potential import Prediction
-from rung.model.predict import DEFAULT_BUDGET, check_structure, choose_fidelity
+from rung.model.predict import DEFAULT_BUDGET, check_structure, choose_fidelity, to_device
 from rung.model.uncertainty import Uncertainty
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -74,7 +74,7 @@ class RungCalculator(Calculator):
             checkpoint = load_checkpoint(checkpoint)
         self._fidelity = choose_fidelity(fidelity, checkpoint.potential.config.fidelities)
         self._dtype = dtype
-        self.potential = copy.deepcopy(checkpoint.potential).to(device=device, dtype=DTYPES[dtype]).eval()
+        self.potential = to_device(copy.deepcopy(checkpoint.potential), device).to(dtype=DTYPES[dtype]).eval()
         self._uncertainty = checkpoint.uncertainty.get(self.fidelity)
         self._every_std = uncertainty
         if uncertainty:

@@ -6,6 +6,8 @@ that is not ASE is an extra, imported only where it is used.
 start.py          what the commands have in common: options, the structure, the calculator
 trajectory.py     frames on disk
 progress.py       a bar or lines; Ctrl-C finishes the step
+freedom.py        degrees of freedom, and the temperature of those that move
+restart.py        what a frame must share with the run that continues it
 relax.py          `rung relax`: ASE's optimizers
 md.py             `rung md`: ASE's integrators
 lammps.py         LAMMPS by `fix external`, on any number of MPI ranks

@@ -40,7 +40,7 @@ from rung.model.ase_calculator import DTYPES
 from rung.model.checkpoint import Checkpoint, load_checkpoint
 from rung.model.engines.lammps_domain import Box, Domain
 from rung.model.engines.lammps_types import TypeElements
-from rung.model.predict import choose_fidelity
+from rung.model.predict import choose_fidelity, to_device
 
 Array = NDArray[Any]
 FIX = "fix ID all external pf/callback 1 1"
@@ -116,10 +116,7 @@ def attach(
     fidelity = choose_fidelity(fidelity, checkpoint.potential.config.fidelities)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found '{dtype}'")
-    try:
-        potential = copy.deepcopy(checkpoint.potential).to(device=device, dtype=DTYPES[dtype]).eval()
-    except (RuntimeError, AssertionError) as error:  # torch: an unknown word, or a GPU that is not there
-        raise ValueError(f"device '{device}': {str(error).splitlines()[0]}") from error
+    potential = to_device(copy.deepcopy(checkpoint.potential), device).to(dtype=DTYPES[dtype]).eval()
     units = lmp.extract_global("units")
     if units not in UNITS:
         raise ValueError(f"LAMMPS: units: expected {' or '.join(UNITS)}, found {units}; write 'units metal'")

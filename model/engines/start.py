@@ -68,10 +68,7 @@ def read_frame(path: Path, frame: int | None) -> Atoms:
 
 def calculator_of(args: argparse.Namespace) -> RungCalculator:
     """Return the calculator that the arguments name; raises ValueError or OSError for one that cannot be had."""
-    try:
-        return RungCalculator(args.checkpoint, args.fidelity, device=args.device, dtype=args.dtype)
-    except (RuntimeError, AssertionError) as error:  # torch: an unknown word, or a GPU that is not there
-        raise ValueError(f"device '{args.device}': {str(error).splitlines()[0]}") from error
+    return RungCalculator(args.checkpoint, args.fidelity, device=args.device, dtype=args.dtype)
 
 
 def describe(atoms: Atoms, calculator: RungCalculator) -> str:

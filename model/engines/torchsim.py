@@ -26,7 +26,7 @@ from rung.data.table import StructureTable
 from rung.model.checkpoint import Checkpoint, load_checkpoint
 from rung.model.direct import Composition, DirectPotential, evaluator
 from rung.model.neighbours import Neighbours
-from rung.model.predict import check_structure, choose_fidelity
+from rung.model.predict import check_structure, choose_fidelity, to_device
 
 try:
     from torch_sim import SimState
@@ -76,10 +76,7 @@ class RungModel(ModelInterface):  # type: ignore[misc]  # torch-sim ships no typ
         self.fidelity = choose_fidelity(fidelity, checkpoint.potential.config.fidelities)
         self._charge = _by_formula("charge", charge, default=0)
         self._multiplicity = _by_formula("multiplicity", multiplicity, default=1)
-        try:
-            self._potential = copy.deepcopy(checkpoint.potential).to(device=device, dtype=dtype).eval()
-        except (RuntimeError, AssertionError) as error:  # torch: an unknown word, or a GPU that is not there
-            raise ValueError(f"device '{device}': {str(error).splitlines()[0]}") from error
+        self._potential = to_device(copy.deepcopy(checkpoint.potential), str(device)).to(dtype=dtype).eval()
         self._evaluate = evaluator(self._potential)
         self._known: _Known | None = None
         self._device = self._potential.e0_FZ.device
