@@ -137,12 +137,14 @@ class ScratchRecipe(Recipe):
     label = "scratch"
 
     def __init__(self, config: FinetuneConfig, source: Potential) -> None:
-        config = dataclasses.replace(config, strategy="full", start="parent", uncertainty="none", replay=())
-        super().__init__(config, source, parent="")
         own = {field.name: getattr(config.scratch, field.name) for field in dataclasses.fields(config.scratch)}
-        self.training = dataclasses.replace(
+        training = dataclasses.replace(
             config.training, l2_pull=0.0, layer_decay=1.0, optimizer="soap", max_forgetting=0.0, **own
         )
+        config = dataclasses.replace(
+            config, strategy="full", start="parent", uncertainty="none", replay=(), also=(), training=training
+        )
+        super().__init__(config, source, parent="")
 
     def start(self, rows: Sequence[Reaction]) -> Potential:
         """Return a potential with random weights that knows only the target fidelity."""

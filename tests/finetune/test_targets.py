@@ -13,7 +13,7 @@ import pytest
 from rung.data.reaction import Reaction
 from rung.data.reaction_file import write_reactions
 from rung.data.structure import Labels, Structure
-from rung.finetune.config import FinetuneConfig, SplitConfig, TrainingConfig
+from rung.finetune.config import FinetuneConfig, ScratchConfig, SplitConfig, TrainingConfig
 from rung.finetune.dataset import absolute_rows
 from rung.finetune.pipeline import FinetuneResult, finetune
 from rung.model.checkpoint import load_checkpoint
@@ -182,7 +182,9 @@ def test_training_ends_when_too_much_is_forgotten(
     training = TrainingConfig(
         steps=60, evaluate_every=5, learning_rate=0.02, max_forgetting=1.0, replay_weight=0.0, replay_ratio=0.2
     )
-    metrics = run(data, strategy="full", replay=(f"{low}:low",), training=training).metrics
+    scratch = ScratchConfig(steps=1)
+    result = run(data, strategy="full", replay=(f"{low}:low",), training=training, baseline="scratch", scratch=scratch)
+    metrics = result.metrics
     history = metrics["history"]["fine-tuned"]
     forces = [row["low.force_mae_mev_per_angstrom"] for row in history]
     assert history[-1]["step"] < 60 and forces[-1] > 2 * forces[0]
