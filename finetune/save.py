@@ -34,7 +34,7 @@ def save(
     names = [*target.sources, *(task.rpartition(":")[0] for task in config.also)]
     fidelities = [config.fidelity] * len(target.sources) + [task.rpartition(":")[2] for task in config.also]
     data = [
-        {"name": name, "fidelity": fidelity, "sha256": target.sources.get(name) or digest(name)}
+        describe_source(name, fidelity, target.sources.get(name) or digest(name))
         for name, fidelity in zip(names, fidelities, strict=True)
     ]
     described = {config.fidelity: describe(config)}
@@ -87,6 +87,15 @@ def describe_data(data: str, fidelity: str) -> Fidelity:
     if is_dataset(data):
         return read_manifest(data).entry(fidelity).descriptor
     return Fidelity(fidelity, "", description=f"labels of {Path(data).name}")
+
+
+def describe_source(name: str, fidelity: str, sha256: str) -> dict[str, str]:
+    """Return what the checkpoint says of a file or a dataset that it was fine-tuned on."""
+    known = {"name": name}
+    if is_dataset(name):
+        manifest = read_manifest(name)
+        known = {"name": manifest.name, "version": manifest.version, "licence": manifest.licence}
+    return {**known, "fidelity": fidelity, "sha256": sha256}
 
 
 def checkpoint_digest(name: str) -> str:
