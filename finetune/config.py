@@ -17,7 +17,8 @@ force MAE (meV/angstrom; no force was trained on), and how far the parent's own 
     full, with replay of wB97X                 54.8   259     57
     full, split.folds=5                        53.2   254    294
 
-(`python benchmarks/finetune_strategies.py CHECKPOINT`, benchmarks/results/finetune.jsonl.) With 50 energies: ridge 61.3
+(`python benchmarks/finetune_strategies.py CHECKPOINT`, benchmarks/results/finetune.jsonl; the README has those from
+another checkpoint.) With 50 energies: ridge 61.3
 and 366, embedding 56.4 and 368, with lbfgs 56.2 and 419, full 58.1 and 321.
 """
 
