@@ -8,8 +8,9 @@ everything that learns from energies can learn from `Reaction`s.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rung.data.structure import Structure
 
@@ -44,6 +45,10 @@ class Reaction:
         for structure, coefficient in zip(self.structures, self.coefficients, strict=True):
             sides[coefficient < 0] += abs(coefficient) * structure.num_atoms
         return max(sides)
+
+    def combined(self, values: Mapping[int, Any]) -> Any:
+        """Return the sum over structures of coefficient x value; `values` are by `id` of the structure."""
+        return sum(c * values[id(s)] for s, c in zip(self.structures, self.coefficients, strict=True))
 
     def composition(self) -> dict[int, float]:
         """Return by atomic number how many atoms appear from left to right; without zeros: empty when balanced."""

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from rung.data.reaction import Reaction, structures_of
 from rung.data.structure import Structure
+from rung.finetune import measure
 from rung.finetune.recipe import Judged, Outcome
 from rung.finetune.reference import label_energies, num_atoms
 from rung.model.errors import MEV, Errors, StructurePrediction, size_class
-from rung.model.potential import Potential
-from rung.model.predict import predict
 from rung.model.uncertainty import LastLayer
 
 Floats = NDArray[np.float64]
@@ -92,9 +91,9 @@ def predict_rows(outcome: Outcome, fidelity: str) -> Predictions:
     errors = {}
     structures = [s for part in parts for s in structures_of(part.rows)]
     for stage, some in stages.items():
-        predicted = [_predict(potential, part, fidelity) for potential, part in zip(some, parts, strict=True)]
+        predicted = [measure.predict_rows(p, part.rows, fidelity) for p, part in zip(some, parts, strict=True)]
         energy[stage] = np.concatenate([_energies(one, part) for one, part in zip(predicted, parts, strict=True)])
-        errors[stage] = Errors.of(structures, [p for one in predicted for p in one], fidelity)
+        errors[stage] = Errors.of(structures, [p for one in predicted for p in one.values()], fidelity)
     labelled = [s.labels[fidelity].forces for s in structures if fidelity in s.labels]
     forces = [np.ravel(one).astype(np.float64) for one in labelled if one is not None]
     rows = [row for part in parts for row in part.rows]
@@ -123,13 +122,6 @@ def equation(row: Reaction) -> str:
     return " -> ".join(" + ".join(side) for side in sides)
 
 
-def _predict(potential: Potential, part: Judged, fidelity: str) -> list[StructurePrediction]:
-    structures = structures_of(part.rows)
-    forces = any(s.labels[fidelity].forces is not None for s in structures if fidelity in s.labels)
-    return predict(potential, structures, fidelity, forces=forces)
-
-
-def _energies(predicted: Sequence[StructurePrediction], part: Judged) -> Floats:
-    energy = {id(s): one.energy for s, one in zip(structures_of(part.rows), predicted, strict=True)}
-    terms = [zip(row.structures, row.coefficients, strict=True) for row in part.rows]
-    return np.array([sum(c * energy[id(s)] for s, c in some) for some in terms])
+def _energies(predicted: Mapping[int, StructurePrediction], part: Judged) -> Floats:
+    energy = {key: one.energy for key, one in predicted.items()}
+    return np.array([row.combined(energy) for row in part.rows])

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import erf  # type: ignore[import-untyped]
 
 from rung.data.reaction import Reaction
-from rung.finetune.reference import label_energies
+from rung.finetune.reference import label_energies, num_atoms
 from rung.finetune.ridge import Ridge, derivatives
 from rung.model.potential import Potential
 from rung.model.predict import reaction_energies
@@ -63,18 +64,16 @@ class Scores:
 
 def last_layer_scores(potential: Potential, posterior: Ridge, rows: Sequence[Reaction], fidelity: str) -> Scores:
     """Return the errors of rows and the standard deviations of the last layer's posterior."""
-    derivatives_RX = derivatives(potential, rows, fidelity)
-    atoms = np.array([row.num_atoms for row in rows])
-    variance = np.einsum("rx,xy,ry->r", derivatives_RX, posterior.covariance, derivatives_RX)
-    std = np.sqrt(np.maximum(variance, 0) + (posterior.noise * atoms) ** 2)
-    return Scores(_errors(potential, rows, fidelity), std, atoms)
+    derivatives_RX, atoms = torch.from_numpy(derivatives(potential, rows, fidelity)), num_atoms(rows)
+    variance = posterior.last_layer().variance_of(derivatives_RX, torch.from_numpy(atoms))
+    return Scores(_errors(potential, rows, fidelity), variance.sqrt().numpy(), atoms)
 
 
 def ensemble_scores(members: Sequence[Potential], rows: Sequence[Reaction], fidelity: str) -> Scores:
     """Return the errors of the members' mean on rows, and the standard deviations of the members' energies."""
     errors = np.stack([_errors(member, rows, fidelity) for member in members])
     std = np.maximum(errors.std(0, ddof=1), 1e-9)  # members that agree exactly: no division by zero
-    return Scores(errors.mean(0), std, np.array([row.num_atoms for row in rows]))
+    return Scores(errors.mean(0), std, num_atoms(rows))
 
 
 def _errors(potential: Potential, rows: Sequence[Reaction], fidelity: str) -> Floats:

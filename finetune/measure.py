@@ -56,21 +56,26 @@ class RowErrors:
 
 def row_errors(potential: Potential, rows: Sequence[Reaction], fidelity: str) -> RowErrors:
     """Return the errors of the potential on labelled rows at `fidelity`."""
-    structures = structures_of(rows)
-    forces = any(s.labels[fidelity].forces is not None for s in structures if fidelity in s.labels)
-    predictions = predict(potential, structures, fidelity, forces=forces)
-    by_structure = {id(s): prediction for s, prediction in zip(structures, predictions, strict=True)}
+    predictions = predict_rows(potential, rows, fidelity)
+    energy = {key: prediction.energy for key, prediction in predictions.items()}
     relative, per_atom = [], []
     for row in rows:
-        terms = zip(row.structures, row.coefficients, strict=True)
-        error = sum(coefficient * by_structure[id(s)].energy for s, coefficient in terms) - row.energy
+        error = row.combined(energy) - row.energy
         per_atom.append(error / row.num_atoms)
         if not row.is_absolute:
             relative.append(error)
     absolute_rows = [row for row in rows if row.is_absolute]
     labelled = [_with_energy(row, fidelity) for row in absolute_rows]
-    absolute = Errors.of(labelled, [by_structure[id(row.structures[0])] for row in absolute_rows], fidelity).sums()
+    absolute = Errors.of(labelled, [predictions[id(row.structures[0])] for row in absolute_rows], fidelity).sums()
     return RowErrors(absolute, tuple(relative), tuple(per_atom))
+
+
+def predict_rows(potential: Potential, rows: Sequence[Reaction], fidelity: str) -> dict[int, StructurePrediction]:
+    """Return the predictions of the rows' structures by their `id`; with forces where any has labels of them."""
+    structures = structures_of(rows)
+    forces = any(s.labels[fidelity].forces is not None for s in structures if fidelity in s.labels)
+    predictions = predict(potential, structures, fidelity, forces=forces)
+    return dict(zip(map(id, structures), predictions, strict=True))
 
 
 def _with_energy(row: Reaction, fidelity: str) -> Structure:

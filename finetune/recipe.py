@@ -75,13 +75,13 @@ class Recipe:
         reference.check_identity(grown, structures_of(rows), fidelity, chosen)
         return grown
 
-    def regress(self, start: Potential, train_on: Sequence[Reaction]) -> Potential:
-        """Return a copy of `start` with the read-outs of every new fidelity by ridge regression."""
+    def regressed(self, start: Potential, target: ridge.Ridge) -> Potential:
+        """Return a copy of `start` with the read-outs of every new fidelity by ridge regression, the target's given."""
         potential = copy.deepcopy(start)
-        sets = [(self.config.fidelity, list(train_on))]
-        sets += [(task.fidelity, dataset.absolute_rows(task.train, task.fidelity)) for task in self.also]
-        for fidelity, rows in sets:
-            ridge.regress(start, rows, fidelity).apply(potential, fidelity)
+        target.apply(potential, self.config.fidelity)
+        for task in self.also:
+            rows = dataset.absolute_rows(task.train, task.fidelity)
+            ridge.regress(start, rows, task.fidelity).apply(potential, task.fidelity)
         return potential
 
     def fit(
@@ -89,15 +89,17 @@ class Recipe:
     ) -> Fit:
         """Fit from `start`: ridge regression, then gradient steps (at most `steps` where given), as configured."""
         config = self.config
-        regressed = self.regress(start, train_on) if self.regresses else None
+        regressed = regression = None
+        if self.regresses or config.uncertainty == "last_layer":
+            regression = ridge.regress(start, train_on, config.fidelity)
+            regressed = self.regressed(start, regression) if self.regresses else None
         begin = start if regressed is None else regressed
         trained = Trained(begin, 0, [])
         if self.strategy not in CLOSED_FORM and steps != 0:
             trained = self.descend(begin, train_on, validate_on, steps)
         posterior = None
-        if config.uncertainty == "last_layer":
-            like = ridge.regress(start, train_on, config.fidelity)
-            posterior = ridge.posterior(trained.potential, train_on, config.fidelity, like)
+        if config.uncertainty == "last_layer" and regression is not None:
+            posterior = ridge.posterior(trained.potential, train_on, config.fidelity, regression)
         return Fit(start, regressed, trained, posterior)
 
     def descend(

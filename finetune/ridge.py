@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from rung.data.batch import Sample, batches
 from rung.data.reaction import Reaction, structures_of
+from rung.finetune.reference import label_energies, num_atoms
 from rung.model.potential import Potential
 from rung.model.predict import DEFAULT_BUDGET, reaction_energies, widened
 from rung.model.uncertainty import LastLayer
@@ -84,12 +85,7 @@ def derivatives(potential: Potential, reactions: Sequence[Reaction], fidelity: s
     )
     rows = [potential.readout_derivatives(part.to(weight.device, weight.dtype)).cpu().numpy() for part in parts]
     of_structure = dict(zip(map(id, structures), np.concatenate(rows), strict=True))
-    return np.array(
-        [
-            sum(c * of_structure[id(s)] for s, c in zip(row.structures, row.coefficients, strict=True))
-            for row in reactions
-        ]
-    )
+    return np.array([reaction.combined(of_structure) for reaction in reactions])
 
 
 @dataclass(frozen=True)
@@ -107,11 +103,10 @@ class Regression:
     @classmethod
     def of(cls, potential: Potential, rows: Sequence[Reaction], fidelity: str) -> Regression:
         """Return the regression of what a potential leaves of the rows' energies on its own read-outs."""
-        residual_R = np.array([row.energy for row in rows]) - reaction_energies(potential, rows, fidelity)
-        num_atoms_R = np.array([row.num_atoms for row in rows])
+        residual_R = label_energies(rows) - reaction_energies(potential, rows, fidelity)
         derivatives_RX = derivatives(potential, rows, fidelity)
         config = potential.config
-        return cls.from_arrays(derivatives_RX, residual_R, num_atoms_R, config.num_layers, len(config.elements))
+        return cls.from_arrays(derivatives_RX, residual_R, num_atoms(rows), config.num_layers, len(config.elements))
 
     @classmethod
     def from_arrays(

@@ -95,14 +95,7 @@ def reaction_energies(
     structures = structures_of(reactions)
     predictions = predict(potential, structures, fidelity, forces=False, budget=budget)
     energy = {id(structure): one.energy for structure, one in zip(structures, predictions, strict=True)}
-    sums = [
-        sum(
-            coefficient * energy[id(structure)]
-            for structure, coefficient in zip(r.structures, r.coefficients, strict=True)
-        )
-        for r in reactions
-    ]
-    return np.array(sums, np.float64)
+    return np.array([reaction.combined(energy) for reaction in reactions], np.float64)
 
 
 def widened(budget: Budget, structures: Sequence[Structure], cutoff: float) -> Budget:

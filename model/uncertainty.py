@@ -37,9 +37,12 @@ class LastLayer:
 
     def variance(self, potential: Potential, batch: Batch) -> Tensor:
         """Return the variance of the energy of every structure, float64 [M] in eV^2."""
-        phi_MK = potential.readout_derivatives(batch)
-        covariance_KK = self.covariance_KK.to(phi_MK.device)
         atoms_M = torch.bincount(batch.structure, minlength=batch.num_structures)
+        return self.variance_of(potential.readout_derivatives(batch), atoms_M)
+
+    def variance_of(self, phi_MK: Tensor, atoms_M: Tensor) -> Tensor:
+        """Return the variance, float64 [M] in eV^2, of energies with these derivatives and of so many atoms."""
+        covariance_KK = self.covariance_KK.to(phi_MK.device)
         explained_M = torch.einsum("mk,kl,ml->m", phi_MK, covariance_KK, phi_MK)
         return self.factor**2 * (explained_M.clamp(min=0) + (self.noise * atoms_M) ** 2)
 
